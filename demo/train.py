@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -258,6 +259,8 @@ def train(args: argparse.Namespace) -> None:
     config = make_config(tokenizer)
     config._attn_implementation = "eager"  # for rows this short faster on a CPU than the fused kernel
     model = Qwen3ForCausalLM(config).bfloat16()
+    if args.further:
+        model.load_state_dict(load_file(args.output / "model.safetensors"), strict=False)  # the output layer is tied
     model.generation_config = GenerationConfig(
         do_sample=False,
         eos_token_id=[model.config.eos_token_id, model.config.pad_token_id],
@@ -333,7 +336,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--mixture", type=parse_mixture, default=MIXTURE, help="for example tools=20,stories=1")
-    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--further", action="store_true", help="start from the weights in the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted training from its state")
     train(parser.parse_args())
 
 
