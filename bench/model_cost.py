@@ -42,13 +42,20 @@ class ModelCost:
     attention: int
     vocab_size: int
 
-    def seconds(self, work: Workload, bytes_per_s: float, flop_per_s: float, value_bytes: float = 2.0) -> float:
+    def seconds(
+        self,
+        work: Workload,
+        bytes_per_s: float,
+        flop_per_s: float,
+        value_bytes: float = 2.0,
+        weight_bytes: float | None = None,
+    ) -> float:
         """Least time for a workload whose requests all run at once; pass infinity for a limit that is to be ignored.
 
-        ``value_bytes``: of a weight, and of a number in the cache.
+        ``value_bytes``: of a number in the cache, and of a weight unless ``weight_bytes`` says otherwise.
         """
         r, p = work.requests, work.prompt
-        matrix_bytes = (self.body + self.head) * value_bytes
+        matrix_bytes = (self.body + self.head) * (value_bytes if weight_bytes is None else weight_bytes)
         # Prompt positions attend to themselves and what precedes them: p / 2 on average, 2 products of 2 operations.
         flops = r * (2 * self.body * p + 2 * self.head + 4 * self.attention * p * (p + 1) / 2)
         total = max(matrix_bytes / bytes_per_s, flops / flop_per_s)

@@ -35,6 +35,7 @@ from model_cost import ModelCost, Workload, read_cost
 HERE = Path(__file__).resolve().parent
 WORKLOADS = (Workload(1, 32, 64), Workload(8, 32, 64), Workload(32, 128, 64), Workload(1, 1024, 1))
 RATE = {"bfloat16": "bf16_gflop_s", "float32": "float32_gflop_s"}
+WEIGHT_BYTES = {None: None, "int8": 1.0, "int4": 0.5625}  # int4: a 16-bit scale for each 32 weights, as in Q4_0
 FIRST_ID, LAST_ID = 10, 30_000  # of random prompts
 
 
@@ -158,14 +159,16 @@ def play(
     return limits
 
 
-def bounds(cost: ModelCost, work: Workload, limits: dict[str, float], dtype: str) -> dict[str, float]:
-    """Tokens/s that reading memory, arithmetic, and the two together allow in ``dtype``."""
+def bounds(
+    cost: ModelCost, work: Workload, limits: dict[str, float], dtype: str, weights: str | None = None
+) -> dict[str, float]:
+    """Tokens/s that reading memory, arithmetic, and the two together allow in ``dtype``, with ``weights`` stored as told."""
     read, multiply = limits["read_gb_s"] * 1e9, limits[RATE[dtype]] * 1e9
-    size = 4.0 if dtype == "float32" else 2.0
+    size, stored = 4.0 if dtype == "float32" else 2.0, WEIGHT_BYTES[weights]
     return {
-        "memory": work.counted_tokens / cost.seconds(work, read, math.inf, size),
-        "arithmetic": work.counted_tokens / cost.seconds(work, math.inf, multiply, size),
-        "both": work.counted_tokens / cost.seconds(work, read, multiply, size),
+        "memory": work.counted_tokens / cost.seconds(work, read, math.inf, size, stored),
+        "arithmetic": work.counted_tokens / cost.seconds(work, math.inf, multiply, size, stored),
+        "both": work.counted_tokens / cost.seconds(work, read, multiply, size, stored),
     }
 
 
@@ -174,7 +177,12 @@ def median_limits(limits: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def print_table(
-    peers: Sequence[Peer], workloads: Sequence[Workload], cost: ModelCost, limits: dict[str, float], dtype: str
+    peers: Sequence[Peer],
+    workloads: Sequence[Workload],
+    cost: ModelCost,
+    limits: dict[str, float],
+    dtype: str,
+    weights: str | None = None,
 ) -> list[dict[str, Any]]:
     """The table, as Markdown; its rows."""
     rows: list[dict[str, Any]] = []
@@ -183,7 +191,8 @@ def print_table(
         medians = {work: statistics.median(seconds) for work, seconds in peer.seconds.items()}
         speeds = {str(work): work.counted_tokens / seconds for work, seconds in medians.items()}
         rows.append({"name": peer.name, "version": version, "start_s": peer.start_s, "speeds": speeds})
-    allowed = {work: bounds(cost, work, limits, dtype) for work in workloads}
+    allowed = {work: bounds(cost, work, limits, dtype, weights) for work in workloads}
+    kind = weights or dtype
     print(f"\n| tokens/s, median | {' | '.join(map(str, workloads))} | start |")
     print("|---" * (len(workloads) + 2) + "|")
     for peer, row in zip(peers, rows, strict=True):
@@ -193,7 +202,7 @@ def print_table(
             cells.append(f"{speed:,.0f} ({speed / allowed[work]['both']:.0%})" if speed else "failed")
         print(f"| {peer.name} {row['version'] or ''} | {' | '.join(cells)} | {row['start_s']:.1f} s |")
     for name, text in (
-        ("memory", f"reading memory allows, {dtype} ({limits['read_gb_s']:.1f} GB/s)"),
+        ("memory", f"reading memory allows, {kind} ({limits['read_gb_s']:.1f} GB/s)"),
         ("arithmetic", f"arithmetic allows, {dtype} ({limits[RATE[dtype]]:,.0f} GFLOP/s)"),
         ("both", "both together allow"),
     ):
@@ -243,6 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="that count; one more comes before them (default: 5)")
     parser.add_argument("--threads", type=int, default=usable_cores(), help="default: the cores this process may use")
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(RATE))
+    parser.add_argument(
+        "--weights", choices=["int8", "int4"], help="Quire quantizes while loading; a peer brings a model that is"
+    )
     parser.add_argument("--out", type=Path, help="JSON file (default: bench/results/peers-DATE.json)")
     args = parser.parse_args(argv)
     peers = read_config(args.config, str(args.model)) if args.config else []
@@ -256,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = {
         "threads": args.threads,
         "dtype": args.dtype,
+        "quantization": args.weights,
         "max_model_len": max(2048, *(w.prompt + w.output for w in workloads)),
         "max_num_seqs": max(w.requests for w in workloads),
     }
@@ -263,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with running(peers, settings):
         rounds = play(peers, workloads, args.rounds, cost.vocab_size, args.threads)
     limits = median_limits(rounds)
-    rows = print_table(peers, workloads, cost, limits, args.dtype)
+    rows = print_table(peers, workloads, cost, limits, args.dtype, args.weights)
     out = args.out or HERE / "results" / f"peers-{now:%Y%m%d-%H%M%S}.json"
     write(out, args, settings, peers, rows, rounds)
     print(f"\n{out}")

@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python's low-level API, since its high-level one holds a single sequence.
 
-The model is a GGUF file (llama.cpp's convert_hf_to_gguf.py writes one from a checkpoint).
+The model is a GGUF file (to_gguf.py writes one from a checkpoint).
 """
 
 import ctypes
