@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from quire_server import loop_delay
+
 if TYPE_CHECKING:
     from quire.message import EngineReady, EngineStats
     from quire.outputs import RequestOutput
@@ -92,6 +94,9 @@ class Metrics:
         self.generation_tokens = histogram("request_generation_tokens", "Tokens a request generated.", _TOKENS)
         self.params_n = histogram("request_params_n", "The parameter n.", _TOKENS)
         self.params_max_tokens = histogram("request_params_max_tokens", "The parameter max_tokens.", _TOKENS)
+        self.loop_delay = histogram(
+            "event_loop_delay_seconds", "By how much a timer of the server's event loop came late.", loop_delay.BUCKETS
+        )
         self._success = Counter(
             "quire:request_success", "Requests finished.", ["model_name", "finished_reason"], registry=self.registry
         )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import uvicorn
 
 from quire.errors import EngineDead, UserError
+from quire_server import loop_delay
 from quire_server.app import create_app
 from quire_server.engine import EngineClient
 from quire_server.lifecycle import Lifecycle
@@ -84,6 +85,7 @@ async def serve(
     )
     stop = _Stopper(server.lifecycle, http, asked)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
+    watching = asyncio.create_task(loop_delay.watch(server.metrics.loop_delay))
     starting = asyncio.create_task(engine.start())
     signalled = asyncio.create_task(stop.asked.wait())
     status = 0
@@ -107,8 +109,9 @@ async def serve(
     finally:
         starting.cancel()
         signalled.cancel()
+        watching.cancel()
         http.should_exit = True
-        await asyncio.gather(starting, signalled, serving, return_exceptions=True)
+        await asyncio.gather(starting, signalled, watching, serving, return_exceptions=True)
         await engine.shutdown()
         stop.uninstall()
     return status
