@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+import mmap
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,13 @@ _HARMLESS = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "self_attn.bias",
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as the header of ``file`` describes it; ``dtype`` is safetensors' name."""
+    """A tensor as the header of ``file`` describes it; ``dtype`` is safetensors' name, ``start`` its byte in the file."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    size: int  # bytes
 
 
 class Checkpoint:
@@ -49,7 +52,7 @@ class Checkpoint:
         else:
             for file in _files(folder):
                 self._add(read_header(file))
-        self._open: dict[Path, Any] = {}
+        self._maps: dict[Path, mmap.mmap] = {}
 
     def _add(self, stored: dict[str, Stored]) -> None:
         for name, tensor in stored.items():
@@ -106,21 +109,35 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor, mapped from its file; copy what should outlive this object."""
-        from safetensors import SafetensorError, safe_open
+        import torch
 
-        file = self.tensors[name].file
-        try:
-            if file not in self._open:
-                self._open[file] = safe_open(file, framework="pt")
-            return self._open[file].get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} cannot be read: {error}") from error
+        stored = self.tensors[name]
+        if stored.size == 0:
+            return torch.empty(stored.shape, dtype=getattr(torch, _FLOATS[stored.dtype]))
+        if stored.file not in self._maps:
+            try:
+                with stored.file.open("rb") as stream:
+                    # Private and writable: torch takes no read-only memory, and nobody writes.
+                    self._maps[stored.file] = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+            except (OSError, ValueError) as error:
+                raise ModelError(f"{stored.file} cannot be read: {error}") from error
+        dtype = getattr(torch, _FLOATS[stored.dtype])
+        count = stored.size // dtype.itemsize
+        flat = torch.frombuffer(self._maps[stored.file], dtype=dtype, count=count, offset=stored.start)
+        return flat.view(stored.shape)
+
+    def release(self, name: str) -> None:
+        """The tensor was copied: its pages no longer count as this process's memory (the file's cache keeps them)."""
+        stored = self.tensors[name]
+        if stored.file in self._maps and hasattr(mmap, "MADV_DONTNEED"):
+            first = stored.start - stored.start % mmap.PAGESIZE
+            self._maps[stored.file].madvise(mmap.MADV_DONTNEED, first, stored.start + stored.size - first)
 
     def __enter__(self) -> Checkpoint:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._open.clear()
+        self._maps.clear()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -153,13 +170,25 @@ def read_header(file: Path) -> dict[str, Stored]:
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
-        tensors = {n: Stored(file, str(t["dtype"]), tuple(int(d) for d in t["shape"])) for n, t in header.items()}
+        tensors = {name: _stored(file, 8 + length, entry) for name, entry in header.items()}
         end = max((int(t["data_offsets"][1]) for t in header.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ModelError(f"{file} has no readable header: {type(error).__name__}: {error}") from error
     if 8 + length + end != size:
         raise ModelError(f"{file} is {size} bytes long, its header says {8 + length + end}: was the download complete?")
     return tensors
+
+
+def _stored(file: Path, data: int, entry: Mapping[str, Any]) -> Stored:
+    """An entry of a header. Raises ValueError where its bytes are not what dtype and shape say, or none of its own."""
+    dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    begin, end = (int(offset) for offset in entry["data_offsets"])
+    itemsize = _ITEMSIZE.get(_FLOATS.get(dtype, ""))
+    if not 0 <= begin <= end or min(shape, default=0) < 0:
+        raise ValueError(f"offsets {begin} to {end}, shape {list(shape)}")
+    if itemsize is not None and math.prod(shape) * itemsize != end - begin:
+        raise ValueError(f"{end - begin} bytes for {dtype} {list(shape)}")
+    return Stored(file, dtype, shape, data + begin, end - begin)
 
 
 def weight_bytes(weights: Iterable[WeightMap], dtype: str) -> int:

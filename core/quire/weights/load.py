@@ -96,6 +96,7 @@ def _stored_tensor(checkpoint: Checkpoint, weight: WeightMap, dtype: torch.dtype
     row = 0
     for part in weight.parts:
         joined[row : row + part.shape[0]] = checkpoint.tensor(part.name)
+        checkpoint.release(part.name)
         row += part.shape[0]
     return joined
 
