@@ -11,10 +11,7 @@ import json
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "quire"  # the same file from the same figures
-import matplotlib.pyplot as plt
+from matplotlib import pyplot as plt
 
 COLORS = {
     "quire": "#1f6f8b",
@@ -39,7 +36,7 @@ def panel(axes: plt.Axes, content: dict) -> None:
         labels = [f"{rows[name][work]:,.0f}" if work in rows[name] else "failed" for work in workloads]
         axes.bar_label(bars, labels, fontsize=7, padding=1)
     axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(workloads)), [work.replace("->", "→").replace(" x ", " × ") for work in workloads])
+    axes.set_xticks(range(len(workloads)), [work.replace("->", "→") for work in workloads])
     axes.set_ylim(0, 1.12)
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
     settings = content["settings"]
@@ -53,6 +50,7 @@ def main() -> None:
     parser.add_argument("files", type=Path, nargs="+")
     args = parser.parse_args()
     contents = [json.loads(path.read_text(encoding="utf-8")) for path in args.files]
+    matplotlib.rcParams["svg.hashsalt"] = "quire"  # the same file from the same figures
     figure, panels = plt.subplots(len(contents), 1, figsize=(9, 3.1 * len(contents)), squeeze=False)
     for axes, content in zip(panels[:, 0], contents, strict=True):
         panel(axes, content)
