@@ -28,6 +28,7 @@ from quire_triton.kernels import (
     copy_pages,
     gated_act,
     layer_norm,
+    linear,
     rms_norm,
     rotary,
     write_kv,
@@ -44,9 +45,10 @@ MATRIX = r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_|v_wmma_"
 POINTERS = {
     "table_ptr": "*i32", "start_ptr": "*i32", "lens_ptr": "*i32", "tiles_ptr": "*i32", "pairs_ptr": "*i32",
     "slots_ptr": "*i64", "positions_ptr": "*i64", "part_ptr": "*fp32", "stats_ptr": "*fp32",
+    "scales_ptr": "*fp32", "zeros_ptr": "*fp32",
 }  # fmt: skip
 SCALARS = {"factor": "fp32", "cap_in": "fp32", "eps": "fp32", "offset": "fp32"}
-ALIGNED = {"stride_page", "stride_slot", "source_side", "target_side"}
+ALIGNED = {"stride_x", "stride_page", "stride_slot", "source_side", "target_side"}
 
 
 def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[str, str], dict[tuple, list]]:
@@ -57,6 +59,8 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[
             types[name] = "constexpr"
         elif name == "table_ptr" and kernel is rotary.rotary_kernel:
             types[name] = "*fp32"
+        elif name == "weight_ptr" and constants.get("BITS", 16) < 16:
+            types[name] = "*u8"
         elif name in POINTERS:
             types[name] = POINTERS[name]
         elif name.endswith(("_ptr", "_out")):
@@ -89,6 +93,15 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
         "merge", attention_merge.attention_merge_kernel, "bf16",
         dict(HQ=32, GROUP=4, D=128, BLOCK_D=128, BLOCK_Q=1, SINKS=True, TILES=False), 2, 2,
     )  # fmt: skip
+    for bits in (16, 8, 4):
+        for few in (False, True):
+            tile = configs.linear(arch, 2, few, None if bits == 16 else 64)
+            constants = dict(
+                N=4096, K=4096, BITS=bits, GROUP=0 if bits == 16 else 64, ZEROS=bits == 4, BIAS=True, BLOCK_M=tile.rows,
+                BLOCK_N=tile.columns, BLOCK_K=tile.step, DOT=tl.bfloat16,
+            )  # fmt: skip
+            name = f"linear-{bits}-{'few' if few else 'many'}"
+            yield name, linear.linear_kernel, "bf16", constants, tile.warps, tile.stages
     for width in (128, 4096, 16384):
         rows, warps = configs.row_block(width)
         norm = dict(WIDTH=width, BLOCK_R=rows, BLOCK=width, RESIDUAL=True)

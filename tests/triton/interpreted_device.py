@@ -6,9 +6,11 @@ when it is imported, so this is used in a process of its own.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-from quire.hardware import Capabilities, DeviceInfo, MemoryInfo
+from quire.hardware import Capabilities, DeviceInfo, DeviceOptions, MemoryInfo
 from quire_triton.backend import TritonOps
 
 
@@ -21,6 +23,10 @@ class Interpreted(TritonOps):
         page_sizes=frozenset({8, 16, 32, 64, 128, 256}),
         head_sizes=(32, 256),
     )
+
+    def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
+        super().open(index, options)
+        self.capabilities = dataclasses.replace(type(self).capabilities, batch_invariant=options.batch_invariant)
 
     @property
     def device(self) -> torch.device:

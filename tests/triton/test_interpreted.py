@@ -20,9 +20,11 @@ pytestmark = needs_triton
 RUN = """
 import json, sys
 from quire.conformance.kit import Target, run
+from quire.hardware import DeviceOptions
 from tests.triton.interpreted_device import Interpreted
 modules, keyword, file = sys.argv[1].split(","), sys.argv[2], sys.argv[3]
-report = run(Target("interpreted", Interpreted), keyword=keyword, modules=modules)
+options = DeviceOptions(batch_invariant="company" in modules)
+report = run(Target("interpreted", Interpreted, options=options), keyword=keyword, modules=modules)
 json.dump(report.as_dict(), open(file, "w"))
 """
 ATTENTION = (
@@ -51,6 +53,11 @@ def test_attention_of_the_kit(tmp_path):
 
 def test_pointwise_operations_of_the_kit(tmp_path):
     assert len(kit(tmp_path, "operations", POINTWISE)) >= 40
+
+
+@pytest.mark.exhaustive
+def test_all_bits_do_not_depend_on_company(tmp_path):
+    assert len(kit(tmp_path, "company", "gated_act or linear and 24 and bfloat16")) >= 2  # half an hour for all
 
 
 @pytest.mark.exhaustive

@@ -94,8 +94,16 @@ def test_opening(backend):
     assert str(backend.device) == ("xpu:1" if backend.name == "xpu" else "cuda:1")
     with pytest.raises(DeviceUnavailable, match=r"no \w+ device 2: this machine has 2 \(0 to 1\)"):
         backend.open(2)
-    with pytest.raises(UnsupportedOnDevice, match="chooses its kernels by the size of the batch"):
+    assert not backend.capabilities.batch_invariant
+
+
+def test_batch_invariance_needs_the_kernels(backend, monkeypatch):
+    monkeypatch.setattr(quire_triton, "missing", lambda: "Triton cannot be imported")
+    with pytest.raises(UnsupportedOnDevice, match="by the size of the batch, and Triton cannot be imported"):
         backend.open(0, DeviceOptions(batch_invariant=True))
+    monkeypatch.setattr(quire_triton, "missing", lambda: None)
+    backend.open(0, DeviceOptions(batch_invariant=True))
+    assert backend.capabilities.batch_invariant
 
 
 @pytest.mark.parametrize("problem", ["absent", "3.5.1", "4.0.0"])

@@ -103,6 +103,10 @@ def _open(backend: Backend, config: EngineConfig) -> str:
         raise ConfigError(
             f"device = {backend.name}:{config.device_index}: there are {len(devices)} such devices, numbered from 0"
         )
+    missing = [name for name, own in native(backend).items() if not own]
+    if missing:
+        logger.info("%s computes these by the reference: %s", backend.name, ", ".join(missing))
+    backend.open(config.device_index, DeviceOptions(threads=config.threads, batch_invariant=config.batch_invariant))
     if config.batch_invariant and not backend.capabilities.batch_invariant:
         raise UnsupportedOnDevice(
             backend.name,
@@ -110,10 +114,6 @@ def _open(backend: Backend, config: EngineConfig) -> str:
             "its kernels' bits depend on the batch",
             ["another device", "leave the flag out"],
         )
-    missing = [name for name, own in native(backend).items() if not own]
-    if missing:
-        logger.info("%s computes these by the reference: %s", backend.name, ", ".join(missing))
-    backend.open(config.device_index, DeviceOptions(threads=config.threads, batch_invariant=config.batch_invariant))
     found = devices[config.device_index]
     label = backend.name if len(devices) == 1 else f"{backend.name}:{config.device_index}"
     return f"{label} ({found.name}{', ' + found.details if found.details else ''})"

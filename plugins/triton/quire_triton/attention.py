@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from quire.hardware import AttentionBatch, AttentionSpec, KVSpec
 from quire_triton import configs
 from quire_triton.kernels.attention import attention_kernel
 from quire_triton.kernels.attention_merge import attention_merge_kernel
+from quire_triton.kernels.linear import factors
 
 LOG2_E = math.log2(math.e)
 
@@ -108,13 +108,6 @@ def attention(
     return out
 
 
-def _factors(q: Tensor) -> Any:
-    """The type of the products' factors: q's. Host memory is the interpreter's, which has no product of bfloat16."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return tl.float32
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[q.dtype]
-
-
 def _launch(
     tile: configs.Tile, queries: int, tiles: Tensor | None, count: int, cut: bool, q: Tensor, pool: Tensor, group: int,
     batch: AttentionBatch, spec: AttentionSpec, sinks: Tensor | None, out: Tensor, batch_invariant: bool,
@@ -149,7 +142,7 @@ def _launch(
         q, pool[0], pool[1], out, part, stats, table, pointers[0], batch.context_lens, *pointers[1:], factor, cap_in,
         spec.window or 0, splits, split_len, configs.SHORTEST_SPLIT, table.stride(0), pool.stride(1), pool.stride(2),
         BLOCK_M=tile.rows, BLOCK_N=tile.keys, PAGE=pool.shape[2], WINDOW=spec.window is not None,
-        CAP=spec.soft_cap is not None, SPLIT=split, DOT=_factors(q),
+        CAP=spec.soft_cap is not None, SPLIT=split, DOT=factors(q),
         num_warps=tile.warps, num_stages=tile.stages, **shared,
     )  # fmt: skip
     if split:

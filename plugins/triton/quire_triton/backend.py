@@ -24,7 +24,8 @@ HEAD_DIM = (16, 256)
 
 class TritonOps(Backend):
     """Attention, KV writes, norms, rotary, activations and page copies in Triton, on whatever device torch has Triton
-    for. Linear, sampling and experts are the references' (torch's own)."""
+    for. Sampling and experts are the references'; so is linear (torch's own library), except where bits must not depend
+    on the batch."""
 
     without_kernels: str | None = "the device is not open"
     """Why the references compute; None where the kernels do."""
@@ -79,6 +80,13 @@ class TritonOps(Backend):
         group, index = kv.place[layer]
         invariant = self.options.batch_invariant
         return attention(q, kv.pools[group][index], group, plan, spec, sinks, invariant)
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+        if not (self.options.batch_invariant and self._kernels_take(x)):
+            return super().linear(x, weight, bias)
+        from quire_triton.kernels.linear import linear
+
+        return linear(x, weight, bias, batch_invariant=True)
 
     # -- pointwise operations --------------------------------------------------------------------------------------
     def rms_norm(

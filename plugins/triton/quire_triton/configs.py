@@ -7,7 +7,7 @@ The rows have been compiled for their architectures and not yet timed on them.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,40 @@ _SAME_AS = {"sm_89": "sm_86", "sm_120": "sm_86", "gfx90a": "gfx942", "gfx950": "
 # Products of float32 are not tensor-core products: one small tile does everywhere.
 _PREFILL_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
 _DECODE_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product's tile: rows of x, rows of the weight, columns of a step, and how Triton is to run it."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+
+FEW_ROWS = 16
+QUANTIZED_STEP = 64
+"""Most columns of one step of a quantized weight: in 4 bits its layout is made for it."""
+# (architecture) -> (more rows than FEW_ROWS and the tile of batch invariance, few rows), for 16-bit inputs.
+_PRODUCT: dict[str, tuple[Product, Product]] = {
+    "sm_80": (Product(64, 128, 64, 4, 3), Product(16, 64, 128, 4, 4)),
+    "sm_86": (Product(64, 64, 64, 4, 3), Product(16, 64, 64, 4, 4)),
+    "sm_90": (Product(128, 128, 64, 8, 3), Product(16, 64, 128, 4, 5)),
+    "sm_100": (Product(128, 128, 64, 8, 3), Product(16, 64, 128, 4, 5)),
+    "gfx942": (Product(64, 128, 32, 4, 2), Product(16, 64, 64, 4, 2)),
+    "gfx1100": (Product(64, 64, 32, 4, 1), Product(16, 64, 64, 4, 1)),
+    "other": (Product(64, 64, 32, 4, 2), Product(16, 64, 64, 4, 2)),
+}
+_PRODUCT_FLOAT32 = Product(16, 64, 32, 4, 2)
+
+
+def linear(arch: str, itemsize: int, few: bool, group: int | None) -> Product:
+    """The tile of a product with inputs of ``itemsize`` bytes; ``group``: columns of a scale of a quantized weight."""
+    tile = _PRODUCT_FLOAT32 if itemsize > 2 else _PRODUCT[_SAME_AS.get(arch, arch)][few]
+    return tile if group is None else replace(tile, step=min(group, QUANTIZED_STEP))
+
 
 INVARIANT_SPLIT = 1024
 """Keys of one part where bits must not depend on the batch: boundaries lie at multiples of it, whatever the batch."""

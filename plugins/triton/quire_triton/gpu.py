@@ -68,17 +68,20 @@ class GpuBackend(TritonOps):
         return MemoryInfo(free=free, total=total)
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
-        """Raises DeviceUnavailable for an index that is not there, UnsupportedOnDevice for ``batch_invariant``."""
+        """Raises DeviceUnavailable for an index that is not there, UnsupportedOnDevice for ``batch_invariant`` without
+        Triton."""
         self.require()
         count = self.module.device_count()
         if not 0 <= index < count:
             raise DeviceUnavailable(
                 f"there is no {self.name} device {index}: this machine has {count} (0 to {count - 1})"
             )
-        if options.batch_invariant:
-            reason = f"{self.products} chooses its kernels by the size of the batch"
-            raise UnsupportedOnDevice(self.name, "batch_invariant", reason, ("--device cpu",))
         super().open(index, options)
+        if options.batch_invariant:
+            if self.without_kernels is not None:
+                reason = f"{self.products} chooses its kernels by the size of the batch, and {self.without_kernels}"
+                raise UnsupportedOnDevice(self.name, "batch_invariant", reason, ("install Triton", "--device cpu"))
+            self.capabilities = dataclasses.replace(self.capabilities, batch_invariant=True)
         if options.threads is not None:
             torch.set_num_threads(options.threads)
         if self.kind == "cuda":
