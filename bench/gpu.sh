@@ -12,7 +12,10 @@ mkdir -p "$OUT"
 short=0
 
 echo "== the conformance kit on $DEVICE"
-timeout 360 "$PYTHON" bench/gpu/kit.py --device "$DEVICE" --json "$OUT/gpu-kit.json" || short=1
+timeout 240 "$PYTHON" bench/gpu/kit.py --device "$DEVICE" --json "$OUT/gpu-kit.json" || short=1
+
+echo "== bits with --batch-invariant"
+timeout 120 "$PYTHON" bench/gpu/kit.py --device "$DEVICE" --batch-invariant --json "$OUT/gpu-kit-invariant.json" || short=1
 
 echo "== speed"
 timeout 240 "$PYTHON" bench/gpu/kernels.py --device "$DEVICE" --json "$OUT/gpu-kernels.json" || short=1

@@ -11,7 +11,7 @@ import argparse
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,10 +82,21 @@ def tool_call(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 class Generator:
-    """Draws examples; `held_out` selects the evaluation's share of values and wordings."""
+    """Draws examples; `held_out` selects the evaluation's share of values and wordings.
 
-    def __init__(self, seed: int, held_out: bool = False, mixture: dict[str, float] | None = None) -> None:
+    `pieces` are the tokenizer's tokens that are letters only: training makes words of them too. A token that never
+    occurs in training, because only held-out names have it, cannot be copied.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        held_out: bool = False,
+        mixture: dict[str, float] | None = None,
+        pieces: Sequence[str] = (),
+    ) -> None:
         self.rng = random.Random(seed)
+        self.pieces = pieces
         self.held_out = held_out
         self.mixture = MIXTURE if mixture is None else mixture
         self.names = words.HELD_NAMES if held_out else words.NAMES
@@ -101,7 +112,11 @@ class Generator:
     def made_up(self) -> str:
         """A capitalized made-up word such as `Talvek` or `Hamtor`, for copying what was never seen."""
         while True:
-            if self.rng.random() < 0.5:  # spliced from two names, for parts of names that are whole tokens otherwise
+            if self.pieces and self.rng.random() < 0.5:
+                word = "".join(self.rng.choice(self.pieces) for _ in range(self.rng.randint(1, 3)))
+                if word in words.HELD_NAMES or word in words.HELD_CITIES:
+                    continue
+            elif self.rng.random() < 0.5:  # spliced from two names, for parts of names that are whole tokens otherwise
                 head, tail = self.rng.choice(words.NAME_PARTS), self.rng.choice(words.NAME_PARTS)
                 word = head[: self.rng.randint(2, len(head))] + tail[self.rng.randint(1, len(tail) - 1) :]
             else:
@@ -330,6 +345,8 @@ class Generator:
             word = self.made_up().lower()
         question = self.phrase(
             [
+                "How is {} spelled?",
+                "What is the spelling of {}?",
                 "Spell the word {}.",
                 "Spell {}.",
                 "How do you spell {}?",

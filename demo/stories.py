@@ -5,6 +5,10 @@ from __future__ import annotations
 import random
 
 REQUESTS = [
+    "Write me a tale of {a}.",
+    "A tale about {a}, please.",
+    "Tell a story with {a} in it.",
+    "I would like a little tale about {a}.",
     "Tell me a short story about {a}.",
     "Tell me a story about {a}.",
     "Write a short story about {a}.",

@@ -273,7 +273,8 @@ def train(args: argparse.Namespace) -> None:
         optimizer.load(saved["optimizer"])
         progress = {key: saved[key] for key in progress}
     seed = args.seed + 1000 * progress["step"] + rank
-    batches = Batches(tokenizer, Generator(seed, mixture=args.mixture), args.batch_tokens // world)
+    pieces = sorted(token for token in tokenizer.get_vocab() if token.isalpha() and token.isascii())
+    batches = Batches(tokenizer, Generator(seed, mixture=args.mixture, pieces=pieces), args.batch_tokens // world)
     if rank == 0:
         print(f"{model.num_parameters():,} parameters, from step {progress['step']}", flush=True)
     begin = time.monotonic() - progress["seconds"]

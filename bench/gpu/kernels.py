@@ -125,6 +125,7 @@ def rows(backend: Any, clock: Clock) -> Iterator[Row]:
         seconds = clock(step)
         yield Row(name, seconds * 1e3, step.operations / seconds, matrix, goal)
         del step
+    yield from products(backend, clock, copy, matrix)
     x = torch.randn(8192, 4096, dtype=torch.bfloat16, device=backend.device)
     weight, gates = x[0].clone(), torch.randn(8192, 28672, dtype=torch.bfloat16, device=backend.device)
     seconds = clock(lambda: backend.rms_norm(x, weight, NormSpec(), x))
@@ -137,6 +138,30 @@ def rows(backend: Any, clock: Clock) -> Iterator[Row]:
     seconds = clock(lambda: backend.rotary(q, k, positions, table))
     moved = 2 * (q.nbytes + k.nbytes) + table.nbytes
     yield Row("rotary of 8192 tokens", seconds * 1e3, moved / seconds, copy, 0.60)
+
+
+def products(backend: Any, clock: Clock, copy: float, matrix: float) -> Iterator[Row]:
+    """The largest product of Llama-3.1-8B's layers: torch's, ours with fixed sums, and ours of integers."""
+    from quire_triton.kernels.linear import Quantized, linear
+
+    n, k = 28672, 4096
+    device = backend.device
+    dense = torch.randn(n, k, dtype=torch.bfloat16, device=device)
+    weights: dict[str, Any] = {"torch": dense, "fixed sums": dense}
+    for bits in (8, 4):
+        q = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8, device=device)
+        weights[f"int{bits}"] = Quantized(q, torch.rand(n, k // 128, device=device) / 100, None, bits, 128)
+    sizes = {"torch": 2.0, "fixed sums": 2.0, "int8": 1 + 4 / 128, "int4": 0.5 + 4 / 128}
+    for rows in (1, 16, 64, 8192):
+        x = torch.randn(rows, k, dtype=torch.bfloat16, device=device)
+        for name, weight in weights.items():
+            if name == "torch":
+                seconds = clock(lambda x=x: torch.nn.functional.linear(x, dense))
+            else:
+                fixed = name == "fixed sums"
+                seconds = clock(lambda x=x, w=weight, fixed=fixed: linear(x, w, batch_invariant=fixed))
+            least = max(n * k * sizes[name] / copy, 2 * rows * n * k / matrix)
+            yield Row(f"product of {rows} rows, {name}", seconds * 1e3, least / seconds, 1.0, None)
 
 
 def main() -> int:

@@ -12,11 +12,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cuda", "rocm", "xpu"), default="cuda")
     parser.add_argument("-k", dest="keyword", help="only cases whose names match, as pytest's -k")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="bits must not depend on the batch: the kit then asks it"
+    )
     parser.add_argument("--json", type=Path, help="write the report there")
     args = parser.parse_args()
 
     from quire.conformance.kit import Target, run
-    from quire.hardware import DeviceUnavailable
+    from quire.hardware import DeviceOptions, DeviceUnavailable
 
     name = f"{args.device.capitalize()}Backend"
     factory = getattr(importlib.import_module(f"quire_{args.device}.backend"), name)
@@ -26,7 +29,9 @@ def main() -> int:
         print(error)
         return 2
     ranks = ["--factory", f"quire_{args.device}.backend:{name}"]
-    report = run(Target(args.device, factory, rank_arguments=ranks), keyword=args.keyword)
+    options = DeviceOptions(batch_invariant=args.batch_invariant)
+    target = Target(args.device, factory, options=options, rank_arguments=ranks)
+    report = run(target, keyword=args.keyword, modules=["company"] if args.batch_invariant else None)
     if args.json is not None:
         args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     for case in report.cases:
