@@ -31,7 +31,7 @@ def main() -> int:
     ranks = ["--factory", f"quire_{args.device}.backend:{name}"]
     options = DeviceOptions(batch_invariant=args.batch_invariant)
     target = Target(args.device, factory, options=options, rank_arguments=ranks)
-    report = run(target, keyword=args.keyword, modules=["company"] if args.batch_invariant else None)
+    report = run(target, keyword=args.keyword, modules=["company"] if args.batch_invariant else [])
     if args.json is not None:
         args.json.write_text(json.dumps(report.as_dict(), indent=1) + "\n")
     for case in report.cases:
