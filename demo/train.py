@@ -222,11 +222,12 @@ def save(model: Qwen3ForCausalLM, optimizer: Optimizer, output: Path, state_path
     """Save the model and the state so that a reader never sees half a file."""
     staging = output / ".staging"
     model.save_pretrained(staging)
+    before = progress["before"]  # of the weights that were there
     summary = {
         "parameters": model.num_parameters(),
-        "steps": progress["step"],
-        "tokens": progress["tokens"],
-        "minutes": round(progress["seconds"] / 60, 1),
+        "steps": before.get("steps", 0) + progress["step"],
+        "tokens": before.get("tokens", 0) + progress["tokens"],
+        "minutes": round(before.get("minutes", 0) + progress["seconds"] / 60, 1),
     }
     (staging / "training.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     for path in staging.iterdir():
@@ -267,7 +268,9 @@ def train(args: argparse.Namespace) -> None:
         pad_token_id=model.config.pad_token_id,
     )
     optimizer = Optimizer(model, Rates(muon=args.muon_rate, adam=args.adam_rate))
-    progress = {"seconds": 0.0, "step": 0, "tokens": 0}
+    known = args.output / "training.json"
+    before = json.loads(known.read_text(encoding="utf-8")) if args.further and known.exists() else {}
+    progress = {"seconds": 0.0, "step": 0, "tokens": 0, "before": before}
     if args.resume and args.state.exists():
         saved = torch.load(args.state)
         optimizer.load(saved["optimizer"])
