@@ -74,7 +74,7 @@ def samples(llm, many):
 
 def test_outputs_match_their_schema(demo):
     wanted = [(schema, seed) for schema in SCHEMAS for seed in range(5)]
-    made = samples(demo, [params(json=schema, seed=seed, temperature=1.3) for schema, seed in wanted])
+    made = samples(demo, [params(json=schema, seed=seed, temperature=1.3, max_tokens=400) for schema, seed in wanted])
     for (schema, _), sample in zip(wanted, made, strict=True):
         assert sample.finish_reason == "stop", sample.text
         jsonschema.validate(json.loads(sample.text), schema, format_checker=jsonschema.FormatChecker())
@@ -87,8 +87,8 @@ def test_any_object_and_bounded_white_space(demo):
     greedy, spaced, cut = samples(
         demo,
         [
-            params(json=PERSON, temperature=0),
-            params(json=PERSON, temperature=0, logit_bias=bias),
+            params(json=PERSON, temperature=0, max_tokens=400),
+            params(json=PERSON, temperature=0, logit_bias=bias, max_tokens=400),
             params(json_object=True, max_tokens=4),
         ],
     )
@@ -102,7 +102,7 @@ def test_any_object_and_bounded_white_space(demo):
     assert compact.text == json.dumps(json.loads(compact.text), separators=(",", ":"), ensure_ascii=False)
 
 
-@pytest.mark.parametrize("regex", [r"[0-9]{4}-[0-9]{2}", r"^(yes|no)!{1,3}$", r"[a-fä-ü]{1,6}\$", r"\d{3} €"])
+@pytest.mark.parametrize("regex", [r"[0-9]{4}-[0-9]{2}", r"^(yes|no)!{1,3}$", r"[a-fä-ü]{1,6}\$", r"[0-9]{3} €"])
 def test_regex(demo, regex):
     for sample in samples(demo, [params(regex=regex, seed=seed) for seed in range(4)]):
         assert sample.finish_reason == "stop"
