@@ -110,6 +110,7 @@ async def serve(
         http.should_exit = True
         await asyncio.gather(starting, signalled, serving, return_exceptions=True)
         await engine.shutdown()
+        server.responses.close()
         stop.uninstall()
     return status
 
