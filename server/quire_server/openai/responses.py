@@ -199,10 +199,10 @@ async def _stream(server: Server, plan: _Plan) -> AsyncGenerator[bytes, None]:
 
 async def _begin(server: Server, plan: _Plan) -> Response:
     """In the background: the answer is the response that waits, or the stream of its events."""
+    server.background.check()
     run = Run(plan.answer, plan.owner, plan.body.stream)
     for event in plan.answer.queue():
         run.tell(sse(event))
-    await server.responses.put(plan.answer.response, plan.owner, plan.items)
     queued = json_response(plan.answer.response)
     await server.background.start(run, _work(server, plan, run), server.lifecycle)
     return EventStream(run.follow(-1), server.lifecycle) if plan.body.stream else queued
@@ -211,6 +211,7 @@ async def _begin(server: Server, plan: _Plan) -> Response:
 async def _work(server: Server, plan: _Plan, run: Run) -> None:
     made = plan.answer
     try:
+        await server.responses.put(made.response, plan.owner, plan.items)
         async with aclosing(_events(server, plan)) as events:
             async for event in events:
                 run.tell(sse(event))

@@ -122,8 +122,10 @@ class Answer:
     # -- its items ------------------------------------------------------------------------------------------------
     def _sample(self, sample: CompletionOutput) -> Events:
         self._completion += len(sample.token_ids)
-        rows = sample.logprobs if self.entry is not None and sample.logprobs is not None else None
-        self.ledger.add(sample.token_ids, rows)
+        # The token that ends an answer is none of its text.
+        last = -1 if sample.finish_reason == "stop" and not isinstance(sample.stop_reason, str) else None
+        rows = sample.logprobs[:last] if self.entry is not None and sample.logprobs is not None else None
+        self.ledger.add(sample.token_ids[:last], rows)
         for event in self.parser.read(sample.text):
             yield from self._tell(event)
         if sample.finish_reason is not None:
