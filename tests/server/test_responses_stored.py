@@ -246,10 +246,11 @@ def test_a_disk_that_is_full(make_live):
     live.server.responses._put = full
     with pytest.raises(openai.InternalServerError):
         create(client)
-    with pytest.raises(openai.APIError):
-        list(create(client, stream=True))
-    with pytest.raises(openai.APIError):
-        list(create(client, stream=True, background=True))
+    for waits in (True, False):
+        events = list(create(client, stream=True, background=not waits))
+        assert [event.sequence_number for event in events] == list(range(len(events)))
+        assert (events[-1].type, events[-1].response.status) == ("response.failed", "failed")
+        assert "response.completed" not in [event.type for event in events]
     assert eventually(lambda: live.server.lifecycle.in_flight == 0 and not live.server.background._runs)
     assert create(client, store=False).status == "completed"
 

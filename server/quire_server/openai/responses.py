@@ -164,12 +164,19 @@ async def _events(server: Server, plan: _Plan) -> AsyncGenerator[dict[str, Any],
                     yield event
 
 
-async def _last(server: Server, plan: _Plan, events: Iterator[dict[str, Any]], run: Run | None = None) -> list[bytes]:
-    """The last events, which tell of a response that is stored by then."""
-    encoded = [sse(event) for event in events]
+async def _store(server: Server, plan: _Plan, stream: list[bytes] | None = None) -> None:
     if plan.body.store:
-        stream = [*run.events, *encoded] if run is not None and run.events is not None else None
         await server.responses.put(plan.answer.response, plan.owner, plan.items, stream)
+
+
+async def _last(server: Server, plan: _Plan, events: Iterator[dict[str, Any]], run: Run | None = None) -> list[bytes]:
+    """The last events, which tell of a response that is stored by then, or of why it is not."""
+    encoded = [sse(event) for event in events]
+    try:
+        await _store(server, plan, [*run.events, *encoded] if run is not None and run.events is not None else None)
+    except Exception as error:
+        failed = plan.answer.fail(from_engine(error), untold=1)
+        return [*encoded[:-1], *map(sse, failed)]
     return encoded
 
 
@@ -177,7 +184,9 @@ async def _whole(server: Server, plan: _Plan) -> Response:
     async with aclosing(_events(server, plan)) as events:
         async for _ in events:
             pass
-    await _last(server, plan, plan.answer.end())
+    for _ in plan.answer.end():
+        pass
+    await _store(server, plan)
     return json_response(plan.answer.response)
 
 
@@ -188,12 +197,12 @@ async def _stream(server: Server, plan: _Plan) -> AsyncGenerator[bytes, None]:
             async for event in events:
                 begun = True
                 yield sse(event)
-        last = await _last(server, plan, plan.answer.end())
+        end = plan.answer.end()
     except Exception as error:
         if not begun:
             raise
-        last = await _last(server, plan, plan.answer.fail(from_engine(error)))
-    for encoded in last:
+        end = plan.answer.fail(from_engine(error))
+    for encoded in await _last(server, plan, end):
         yield encoded
 
 

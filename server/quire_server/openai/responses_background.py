@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from typing import TYPE_CHECKING, Any
 
-from quire_server.errors import ApiError, unforeseen
+from quire_server.errors import ApiError
 from quire_server.lifecycle import Lifecycle
 
 if TYPE_CHECKING:
@@ -90,10 +90,7 @@ class Background:
         def stopped(_: asyncio.Future[None]) -> None:
             run.stop()
 
-        def ended(task: asyncio.Task[None]) -> None:
-            error = task.exception() if not task.cancelled() else None
-            if isinstance(error, Exception):  # its end could not be stored
-                unforeseen(error)
+        def ended(_: asyncio.Task[None]) -> None:
             lifecycle.stopped.remove_done_callback(stopped)
             lifecycle.end()
             del self._runs[response_id]

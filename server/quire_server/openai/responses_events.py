@@ -81,9 +81,12 @@ class Answer:
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}
         yield self._whole(f"response.{self.response['status']}")
 
-    def fail(self, error: ApiError) -> Events:
+    def fail(self, error: ApiError, untold: int = 0) -> Events:
+        """``untold``: events that were given before and that nobody was told of."""
+        self._count -= untold
         yield from self._close("incomplete")
         self._finish("failed")
+        self.response["completed_at"] = self.response["incomplete_details"] = None
         code = _CODES.get(error.status_code, "server_error")
         self.response["error"] = {"code": code, "message": error.message}
         yield self._whole("response.failed")

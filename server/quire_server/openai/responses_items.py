@@ -176,7 +176,7 @@ Item = Annotated[
     | Annotated[UnknownItem, Tag("(unknown)")],
     Discriminator(_tag),
 ]
-Items = Sequence[MessageItem | CallItem | CallOutputItem | ReasoningItem | UnknownItem]
+Items = Sequence[MessageItem | CallItem | CallOutputItem | ReasoningItem]
 ITEMS: TypeAdapter[list[Any]] = TypeAdapter(list[Item])
 """From what is stored back to items."""
 

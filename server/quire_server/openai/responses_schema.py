@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -155,7 +155,7 @@ class ResponsesRequest(GenerationFields):
         """What this request itself adds to the conversation."""
         if isinstance(self.input, str):
             return [MessageItem(role="user", content=self.input)]
-        return self.input or []
+        return cast(Items, self.input or [])  # an UnknownItem is never made
 
     def check_own(self) -> None:
         """Refuse by name what contradicts another field here. Raises ApiError."""
