@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
 
 import jsonschema
 import openai
@@ -433,10 +435,13 @@ def test_never_a_500(live, http):
 
 # -- the demo model -------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def demo():
-    server = DemoServer()
+def demo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("store") / "responses.db"
+    server = DemoServer("--response-store", str(path), "--response-store-max", "3")
     yield server
     assert server.close() == 0, server.log
+    with closing(sqlite3.connect(path)) as store:
+        assert store.execute("SELECT COUNT(*) FROM responses").fetchone() == (3,)
 
 
 @pytest.fixture(scope="module")

@@ -225,7 +225,7 @@ def test_bad_requests_are_refused_before_they_wait(client):
 
 
 def test_bounded_in_the_background(make_live):
-    live = make_live(FakeLLM(delay=0.005), Settings(store=StoreSettings(max_background=2)))
+    live = make_live(FakeLLM(delay=0.005), Settings(store=StoreSettings(max_background=2)), drain_timeout=0.05)
     client = live.openai()
     made = [background(client) for _ in range(2)]
     with pytest.raises(openai.RateLimitError) as failed:
