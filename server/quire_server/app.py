@@ -9,7 +9,7 @@ from quire_server import engine_view, errors, health, tokenize
 from quire_server.auth import ApiKeys, AuthMiddleware
 from quire_server.lifecycle import GateMiddleware
 from quire_server.middleware import BodyLimitMiddleware, EnvelopeMiddleware
-from quire_server.openai import chat, completions, models
+from quire_server.openai import chat, completions, models, responses, responses_stored
 from quire_server.state import Server
 
 
@@ -25,6 +25,8 @@ def create_app(server: Server) -> FastAPI:
     )
     app.state.server = server
     for router in (health.router, models.router, completions.router, chat.router, tokenize.router, engine_view.router):
+        app.include_router(router)
+    for router in (responses.router, responses_stored.router):
         app.include_router(router)
     errors.install(app)
     limits = server.limits

@@ -21,6 +21,7 @@ API_KEY_VARIABLE = "QUIRE_API_KEY"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from quire_server.limits import add_limit_arguments
+    from quire_server.openai.responses_store import add_store_arguments
 
     parser.add_argument(
         "model", nargs="?", default="demo", metavar="MODEL", help="folder, registered name or hub name (demo)"
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["critical", "error", "warning", "info", "debug"],
         help="what the HTTP layer itself logs (%(default)s)",
     )
+    add_store_arguments(parser)
     add_limit_arguments(parser)
     add_engine_arguments(parser)
 
@@ -113,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> Settings:
     from quire.errors import ConfigError
     from quire_server.limits import limits_from
+    from quire_server.openai.responses_store import store_settings
     from quire_server.parsers import NONE, Parsers
     from quire_server.state import Settings
 
@@ -130,6 +133,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         model_names=tuple(args.served_model_name or [default_name(args.model)]),
         api_keys=tuple(keys),
         limits=limits_from(args),
+        store=store_settings(args),
         response_role=args.response_role,
         chat_template=template,
         parsers=Parsers(

@@ -113,6 +113,7 @@ async def serve(
         http.should_exit = True
         await asyncio.gather(starting, signalled, watching, serving, return_exceptions=True)
         await engine.shutdown()
+        server.responses.close()
         stop.uninstall()
     return status
 

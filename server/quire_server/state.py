@@ -14,6 +14,8 @@ from quire_server.errors import ApiError, refuse
 from quire_server.lifecycle import Lifecycle
 from quire_server.limits import Limits
 from quire_server.metrics import Metrics
+from quire_server.openai.responses_background import Background
+from quire_server.openai.responses_store import ResponseStore, StoreSettings
 from quire_server.parsers import Parsers
 from quire_server.text import Text
 
@@ -25,6 +27,7 @@ class Settings:
     model_names: tuple[str, ...] = ("demo",)  # the first is what answers carry
     api_keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    store: StoreSettings = field(default_factory=StoreSettings)
     response_role: str = "assistant"
     chat_template: str | None = None  # instead of the checkpoint's
     parsers: Parsers = field(default_factory=Parsers)
@@ -41,6 +44,8 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.settings.model_names[0])
+        self.responses = ResponseStore(self.settings.store)
+        self.background = Background(self.settings.store.max_background)
         self._text: Text | None = None
         self.created = int(time.time())
         self.fingerprint = f"quire-{__version__}"

@@ -249,14 +249,23 @@ class AnswerParser:
         self._reasoning, self._tools = reasoning, tools
         self._parallel, self._show = parallel, show_reasoning
         self._calls = 0
+        self._given = 0
+
+    def read(self, text: str) -> list[Event]:
+        """What more text says, in its order. Every call has an id."""
+        first: Iterable[Event] = self._reasoning.push(text) if self._reasoning else [Content(text)]
+        return self._kept(self._to_tools(first))
+
+    def end(self) -> list[Event]:
+        """What was held until the text's end."""
+        events = self._to_tools(self._reasoning.finish() if self._reasoning else [])
+        return self._kept(events + (self._tools.finish() if self._tools else []))
 
     def push(self, text: str) -> Piece:
-        first: Iterable[Event] = self._reasoning.push(text) if self._reasoning else [Content(text)]
-        return self._piece(self._to_tools(first))
+        return self._piece(self.read(text))
 
     def finish(self) -> Piece:
-        events = self._to_tools(self._reasoning.finish() if self._reasoning else [])
-        return self._piece(events + (self._tools.finish() if self._tools else []))
+        return self._piece(self.end())
 
     def whole(self, text: str) -> Piece:
         """All of a text at once, each call in one."""
@@ -277,26 +286,33 @@ class AnswerParser:
             through += self._tools.push(event.text) if isinstance(event, Content) else [event]
         return through
 
+    def _kept(self, events: Iterable[Event]) -> list[Event]:
+        kept: list[Event] = []
+        for event in events:
+            if isinstance(event, CallStart):
+                self._calls += 1
+                event = CallStart(event.name, event.id or f"call_{uuid.uuid4().hex[:24]}")
+            if isinstance(event, Reasoning):
+                wanted = self._show
+            else:
+                wanted = self._parallel or self._calls <= 1 or isinstance(event, Content)
+            if wanted:
+                kept.append(event)
+        return kept
+
     def _piece(self, events: Iterable[Event]) -> Piece:
         piece = Piece()
         for event in events:
             if isinstance(event, Content):
                 piece.content += event.text
             elif isinstance(event, Reasoning):
-                piece.reasoning += event.text if self._show else ""
+                piece.reasoning += event.text
             elif isinstance(event, CallStart):
-                self._calls += 1
-                if self._counts:
-                    function = {"name": event.name, "arguments": ""}
-                    made = event.id or f"call_{uuid.uuid4().hex[:24]}"
-                    index = self._calls - 1
-                    piece.calls.append({"index": index, "id": made, "type": "function", "function": function})
-            elif isinstance(event, Arguments) and self._counts:
-                if not piece.calls or piece.calls[-1]["index"] != self._calls - 1:
-                    piece.calls.append({"index": self._calls - 1, "function": {"arguments": ""}})
+                self._given += 1
+                function = {"name": event.name, "arguments": ""}
+                piece.calls.append({"index": self._given - 1, "id": event.id, "type": "function", "function": function})
+            elif isinstance(event, Arguments):
+                if not piece.calls or piece.calls[-1]["index"] != self._given - 1:
+                    piece.calls.append({"index": self._given - 1, "function": {"arguments": ""}})
                 piece.calls[-1]["function"]["arguments"] += event.text
         return piece
-
-    @property
-    def _counts(self) -> bool:
-        return self._parallel or self._calls <= 1

@@ -50,7 +50,7 @@ async def create_chat_completion(request: Request, body: ChatRequest, server: St
 
 
 @dataclass
-class _Chat:
+class ChatRun:
     """A request ready for the engine, and how its answers are read."""
 
     job: Job
@@ -63,7 +63,8 @@ class _Chat:
         return self.parsers.parser(self.inside, tools, body.parallel_tool_calls, body.include_reasoning)
 
 
-async def _chat(server: Server, body: ChatRequest, request_id: str) -> _Chat:
+async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun:
+    """Render, tokenize and bound a request that was checked. Raises ApiError."""
     prompt = await server.text.chat_prompt(body, _thinking(server, body))
     ids = generation.truncate(body, prompt.token_ids, server.engine.info.max_model_len)
     if not ids:
@@ -85,7 +86,7 @@ async def _chat(server: Server, body: ChatRequest, request_id: str) -> _Chat:
         sampling.skip_special_tokens = False
     job = Job(request_id, prompt.text if ids is prompt.token_ids else None, ids, sampling)
     continued = str(body.messages[-1].as_dict()["content"]) if body.continue_final_message else None
-    return _Chat(job, parsers, parsers.inside(prompt.text, continued))
+    return ChatRun(job, parsers, parsers.inside(prompt.text, continued))
 
 
 def _thinking(server: Server, body: ChatRequest) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def _finish(reason: str | None, stop_reason: int | str | None, called: bool) -> 
 
 
 async def _complete(server: Server, body: ChatRequest, head: dict[str, Any]) -> Response:
-    chat = await _chat(server, body, head["id"])
+    chat = await prepare(server, body, head["id"])
     job = chat.job
     (result,) = await generation.gather(server, body, [job])
     choices = [_choice(server, body, chat, j, sample) for j, sample in enumerate(result.samples)]
@@ -128,7 +129,7 @@ async def _complete(server: Server, body: ChatRequest, head: dict[str, Any]) -> 
     return json_response(answer)
 
 
-def _choice(server: Server, body: ChatRequest, chat: _Chat, index: int, sample: Sample) -> dict[str, Any]:
+def _choice(server: Server, body: ChatRequest, chat: ChatRun, index: int, sample: Sample) -> dict[str, Any]:
     piece = chat.parser(body).whole(sample.text)
     content, calls = _echoed(server, body) + piece.content, piece.calls
     message: dict[str, Any] = {"role": _role(server, body), "content": content, "refusal": None}
@@ -149,7 +150,7 @@ def _choice(server: Server, body: ChatRequest, chat: _Chat, index: int, sample: 
 
 
 async def _stream(server: Server, body: ChatRequest, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
-    chat = await _chat(server, body, head["id"])
+    chat = await prepare(server, body, head["id"])
     job = chat.job
     counts = StreamUsage(body, [job])
     begun = False
@@ -179,7 +180,7 @@ async def _stream(server: Server, body: ChatRequest, head: dict[str, Any]) -> As
 class _StreamedChoice:
     """Turns one sample's deltas into the choices of chunks."""
 
-    def __init__(self, server: Server, body: ChatRequest, chat: _Chat) -> None:
+    def __init__(self, server: Server, body: ChatRequest, chat: ChatRun) -> None:
         self.server, self.body = server, body
         self.parser = chat.parser(body)
         self.called = False
@@ -218,18 +219,19 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if not body.logprobs or not token_ids:
         return None
-    wanted = body.top_logprobs or 0
-    content = []
-    for token, row in zip(token_ids, rows, strict=True):
-        # The row has the chosen token first, which may or may not be one of the most likely.
-        best = sorted(row.items(), key=lambda entry: entry[1].rank or 0)[:wanted]
-        content.append(
-            {
-                **_entry(server, body, token, row[token]),
-                "top_logprobs": [_entry(server, body, t, lp) for t, lp in best if (lp.rank or 0) <= wanted],
-            }
-        )
+    content = [token_logprobs(server, body, token, row) for token, row in zip(token_ids, rows, strict=True)]
     return {"content": content, "refusal": None}
+
+
+def token_logprobs(server: Server, body: ChatRequest, token: int, row: dict[int, Logprob]) -> dict[str, Any]:
+    """OpenAI's entry for one generated token."""
+    wanted = body.top_logprobs or 0
+    # The row has the chosen token first, which may or may not be one of the most likely.
+    best = sorted(row.items(), key=lambda entry: entry[1].rank or 0)[:wanted]
+    return {
+        **_entry(server, body, token, row[token]),
+        "top_logprobs": [_entry(server, body, t, lp) for t, lp in best if (lp.rank or 0) <= wanted],
+    }
 
 
 def _entry(server: Server, body: ChatRequest, token: int, logprob: Logprob) -> dict[str, Any]:
