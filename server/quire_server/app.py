@@ -11,7 +11,7 @@ from quire_server.anthropic.shape import AnthropicMiddleware
 from quire_server.auth import ApiKeys, AuthMiddleware
 from quire_server.lifecycle import GateMiddleware
 from quire_server.middleware import BodyLimitMiddleware, EnvelopeMiddleware
-from quire_server.openai import chat, completions, models, responses, responses_stored
+from quire_server.openai import chat, completions, models, pooling, responses, responses_stored
 from quire_server.state import Server
 
 
@@ -28,7 +28,7 @@ def create_app(server: Server) -> FastAPI:
     app.state.server = server
     for router in (health.router, models.router, completions.router, chat.router, tokenize.router, engine_view.router):
         app.include_router(router)
-    for router in (responses.router, responses_stored.router, messages.router):
+    for router in (responses.router, responses_stored.router, messages.router, pooling.router):
         app.include_router(router)
     errors.install(app)
     limits = server.limits
