@@ -6,10 +6,12 @@ from fastapi import FastAPI
 
 from quire import __version__
 from quire_server import engine_view, errors, health, tokenize
+from quire_server.anthropic import messages
+from quire_server.anthropic.shape import AnthropicMiddleware
 from quire_server.auth import ApiKeys, AuthMiddleware
 from quire_server.lifecycle import GateMiddleware
 from quire_server.middleware import BodyLimitMiddleware, EnvelopeMiddleware
-from quire_server.openai import chat, completions, models, responses, responses_stored
+from quire_server.openai import chat, completions, models, pooling, responses, responses_stored
 from quire_server.state import Server
 
 
@@ -26,7 +28,7 @@ def create_app(server: Server) -> FastAPI:
     app.state.server = server
     for router in (health.router, models.router, completions.router, chat.router, tokenize.router, engine_view.router):
         app.include_router(router)
-    for router in (responses.router, responses_stored.router):
+    for router in (responses.router, responses_stored.router, messages.router, pooling.router):
         app.include_router(router)
     errors.install(app)
     limits = server.limits
@@ -35,4 +37,5 @@ def create_app(server: Server) -> FastAPI:
     app.add_middleware(GateMiddleware, lifecycle=server.lifecycle)
     app.add_middleware(AuthMiddleware, keys=ApiKeys(server.settings.api_keys))
     app.add_middleware(EnvelopeMiddleware, access_log=server.settings.access_log)
+    app.add_middleware(AnthropicMiddleware)
     return app

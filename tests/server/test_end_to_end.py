@@ -118,6 +118,17 @@ def test_seed(client):
     assert text(1) != text(2)
 
 
+def test_tokens_of_the_reasoning_are_counted(client, reference):
+    thinking = {"chat_template_kwargs": {"enable_thinking": True}, "return_token_ids": True}
+    whole = ask(client, extra_body=thinking)
+    counted = whole.usage.completion_tokens_details.reasoning_tokens
+    marked = whole.choices[0].token_ids.index(reference.convert_tokens_to_ids("</think>"))
+    assert marked < counted <= marked + 3, "up to the end of the thinking, its mark and the two line breaks included"
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}, extra_body=thinking))
+    assert chunks[-1].usage == whole.usage
+    assert ask(client).usage.completion_tokens_details.reasoning_tokens == 0
+
+
 def test_prompt_is_transformers_own(demo, reference):
     messages = [{"role": "system", "content": "Be kind."}, *CAPITAL]
     ours = httpx.post(f"{demo.base}/tokenize", json={"messages": messages, "tools": [ADD]}).json()["tokens"]

@@ -18,6 +18,7 @@ from quire_server.openai import generation
 from quire_server.openai.chat_schema import ChatRequest
 from quire_server.openai.generation import Job, Sample, StreamUsage
 from quire_server.openai.structure import renamed
+from quire_server.openai.thoughts import Thoughts
 from quire_server.parsers import Choice
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
@@ -61,6 +62,14 @@ class ChatRun:
         """A parser for one sample."""
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.offers_tools else []
         return self.parsers.parser(self.inside, tools, body.parallel_tool_calls, body.include_reasoning)
+
+    def thoughts(self, server: Server) -> list[Thoughts]:
+        """A counter for each sample."""
+        reasoning = self.parsers.reasoning
+        return [
+            Thoughts(AnswerParser(reasoning(self.inside)) if reasoning else None, server.text.token_bytes)
+            for _ in range(self.job.sampling.n)
+        ]
 
 
 async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun:
@@ -119,9 +128,14 @@ def _finish(reason: str | None, stop_reason: int | str | None, called: bool) -> 
 async def _complete(server: Server, body: ChatRequest, head: dict[str, Any]) -> Response:
     chat = await prepare(server, body, head["id"])
     job = chat.job
-    (result,) = await generation.gather(server, body, [job])
+    thoughts = chat.thoughts(server)
+    (result,) = await generation.gather(server, body, [job], lambda output: thoughts[output.index].add(output))
     choices = [_choice(server, body, chat, j, sample) for j, sample in enumerate(result.samples)]
-    answer: dict[str, Any] = {**head, "choices": choices, "usage": generation.total_usage([result])}
+    answer: dict[str, Any] = {
+        **head,
+        "choices": choices,
+        "usage": generation.total_usage([result], sum(one.tokens for one in thoughts)),
+    }
     if body.prompt_logprobs is not None and result.prompt_logprobs is not None:
         answer["prompt_logprobs"] = generation.prompt_logprobs_json(result.prompt_logprobs)
     if body.return_token_ids:
@@ -152,7 +166,7 @@ def _choice(server: Server, body: ChatRequest, chat: ChatRun, index: int, sample
 async def _stream(server: Server, body: ChatRequest, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     chat = await prepare(server, body, head["id"])
     job = chat.job
-    counts = StreamUsage(body, [job])
+    counts, thoughts = StreamUsage(body, [job]), chat.thoughts(server)
     begun = False
     samples = [_StreamedChoice(server, body, chat) for _ in range(body.n)]
     async with aclosing(generation.outputs(server, body, [job])) as items:
@@ -169,6 +183,8 @@ async def _stream(server: Server, body: ChatRequest, head: dict[str, Any]) -> As
                     yield event(counts.on(chunk))
             for output in item.outputs:
                 counts.completion += len(output.token_ids)
+                thoughts[output.index].add(output)
+                counts.reasoning = sum(one.tokens for one in thoughts)
                 made = samples[output.index].chunk(output)
                 if made is not None:
                     yield event(counts.on({**head, "choices": [made]}))

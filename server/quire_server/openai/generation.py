@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,8 +97,13 @@ class Result:
     cached: int = 0
 
 
-async def gather(server: Server, fields: GenerationFields, jobs: Sequence[Job]) -> list[Result]:
-    """All jobs to their end."""
+async def gather(
+    server: Server,
+    fields: GenerationFields,
+    jobs: Sequence[Job],
+    saw: Callable[[CompletionOutput], None] = lambda output: None,
+) -> list[Result]:
+    """All jobs to their end. ``saw`` is called with each delta as it comes."""
     results = [Result(job.prompt_token_ids, [Sample() for _ in range(job.sampling.n)]) for job in jobs]
     async with aclosing(outputs(server, fields, jobs)) as items:
         async for index, item in items:
@@ -108,21 +113,24 @@ async def gather(server: Server, fields: GenerationFields, jobs: Sequence[Job]) 
                 result.prompt_logprobs = item.prompt_logprobs
             for output in item.outputs:
                 result.samples[output.index].add(output)
+                saw(output)
     return results
 
 
-def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+def usage(prompt: int, completion: int, cached: int, reasoning: int = 0) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
+        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
 
 
-def total_usage(results: Sequence[Result]) -> dict[str, Any]:
+def total_usage(results: Sequence[Result], reasoning: int = 0) -> dict[str, Any]:
     completion = sum(len(s.token_ids) for r in results for s in r.samples)
-    return usage(sum(len(r.prompt_token_ids) for r in results), completion, sum(r.cached for r in results))
+    prompt, cached = sum(len(r.prompt_token_ids) for r in results), sum(r.cached for r in results)
+    return usage(prompt, completion, cached, reasoning)
 
 
 class StreamUsage:
@@ -131,14 +139,14 @@ class StreamUsage:
     def __init__(self, fields: GenerationFields, jobs: Sequence[Job]) -> None:
         self.fields = fields
         self.prompt = sum(len(job.prompt_token_ids) for job in jobs)
-        self.completion = 0
+        self.completion = self.reasoning = 0
         self._cached = [0] * len(jobs)
 
     def saw(self, index: int, item: RequestOutput) -> None:
         self._cached[index] = max(self._cached[index], item.num_cached_tokens)
 
     def total(self) -> dict[str, Any]:
-        return usage(self.prompt, self.completion, sum(self._cached))
+        return usage(self.prompt, self.completion, sum(self._cached), self.reasoning)
 
     def on(self, chunk: dict[str, Any]) -> dict[str, Any]:
         """OpenAI: with include_usage every chunk has the field, null until the last."""
