@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request
 
 from quire import __version__
+from quire_server.batch_settings import BatchSettings
 from quire_server.engine import EngineClient
 from quire_server.errors import ApiError, refuse
 from quire_server.lifecycle import Lifecycle
@@ -25,6 +26,7 @@ class Settings:
     model_names: tuple[str, ...] = ("demo",)  # the first is what answers carry
     api_keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    batches: BatchSettings = field(default_factory=BatchSettings)
     response_role: str = "assistant"
     chat_template: str | None = None  # instead of the checkpoint's
     parsers: Parsers = field(default_factory=Parsers)
