@@ -30,7 +30,7 @@ def create_app(server: Server) -> FastAPI:
     for module in (health, models, completions, chat, tokenize, files, batches, engine_view):
         app.include_router(module.router)
     errors.install(app)
-    app.state.batches = Batches(server, app)
+    server.batches = Batches(server, app)
     limits, uploads = server.limits, server.settings.batches
     upload = BodyLimit(uploads.max_file_bytes + FORM_BYTES, uploads.upload_timeout, "--max-file-bytes, and the form")
     # Added from the innermost to the outermost.

@@ -68,10 +68,9 @@ async def serve(
     asks to drain when it is set, signals are left alone: only the main thread can have them.
     """
     server = Server(engine, settings, Lifecycle("loading"))
-    app = create_app(server)
     http = _Uvicorn(
         uvicorn.Config(
-            app,
+            create_app(server),
             http="httptools",
             ws="none",
             lifespan="off",
@@ -89,12 +88,12 @@ async def serve(
     signalled = asyncio.create_task(stop.asked.wait())
     status = 0
     try:
-        await app.state.batches.open()
+        await server.batches.open()
         await asyncio.wait({starting, serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             server.lifecycle.state = "serving"
-            await app.state.batches.resume()
+            await server.batches.resume()
             if on_ready is not None:
                 on_ready(server)
             await asyncio.wait({serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
@@ -112,7 +111,7 @@ async def serve(
         signalled.cancel()
         http.should_exit = True
         await asyncio.gather(starting, signalled, serving, return_exceptions=True)
-        await app.state.batches.close()
+        await server.batches.close()
         await engine.shutdown()
         stop.uninstall()
     return status

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
@@ -17,6 +17,9 @@ from quire_server.limits import Limits
 from quire_server.metrics import Metrics
 from quire_server.parsers import Parsers
 from quire_server.text import Text
+
+if TYPE_CHECKING:
+    from quire_server.batch_runner import Batches
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Server:
     engine: EngineClient
     settings: Settings = field(default_factory=Settings)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    batches: Batches = field(init=False)  # made with the application, whose routes they run
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.settings.model_names[0])

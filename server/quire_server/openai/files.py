@@ -13,6 +13,7 @@ from starlette.responses import FileResponse, Response
 from quire_server.batch_runner import Batches
 from quire_server.errors import ApiError, json_response, refuse
 from quire_server.openai.batches_schema import FileList, KeptSeconds, page
+from quire_server.state import server_of
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 UPLOADS_AT_ONCE = 8
@@ -30,8 +31,7 @@ FORM = {
 
 
 def batches_of(request: Request) -> Batches:
-    batches: Batches = request.app.state.batches
-    return batches
+    return server_of(request).batches
 
 
 def owner_of(request: Request) -> str | None:
