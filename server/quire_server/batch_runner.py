@@ -112,15 +112,18 @@ class Batches:
             began = {"status": "in_progress", "in_progress_at": int(time.time()), "request_counts": counts}
             await asyncio.to_thread(self.store.update_batch, id, ("validating",), **began)
         ended = await self._in_time(id, owner, lines, expires_at)
+        done = await asyncio.to_thread(self.store.recorded, id)
+        if ended == "expired" and len(done) == len(lines):
+            ended = "completed"  # before an earlier server ended, which could not say so
         late: Iterator[bytes] = iter(())
         if ended == "completed":
             now = {"status": "finalizing", "finalizing_at": int(time.time())}
             await asyncio.to_thread(self.store.update_batch, id, ("in_progress",), **now)
         elif ended == "expired":
-            done = await asyncio.to_thread(self.store.recorded, id)
             left = (lines.line(index).custom_id for index in range(len(lines)) if index not in done)
             late = unanswered(left, "batch_expired", EXPIRED)
         await asyncio.to_thread(self.store.end_batch, id, ended, late, keep)
+        logger.info("%s is %s: %d of %d lines answered", id, ended, len(done), len(lines))
 
     async def _in_time(self, id: str, owner: str | None, lines: Input, expires_at: int) -> Ending:
         """Run what is left of the lines until they are done, the batch is cancelled or its time is over: which."""

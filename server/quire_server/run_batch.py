@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -19,7 +20,7 @@ from quire_server.cli import add_answer_arguments, answer_settings, in_loop
 from quire_server.limits import add_limit_arguments
 
 if TYPE_CHECKING:
-    from quire_server.batch_calls import Caller
+    from quire_server.batch_calls import Caller, Room
     from quire_server.batch_lines import Input, Line
     from quire_server.engine import EngineClient
     from quire_server.state import Settings
@@ -154,10 +155,14 @@ async def _run(
             for index in left:
                 line = lines.line(index)
                 taken = await room.take(line.sequences)
-                tasks.create_task(one(line)).add_done_callback(lambda _, taken=taken: room.give(taken))
+                tasks.create_task(one(line)).add_done_callback(partial(_give_back, room, taken))
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
     finally:
         output.flush()
         os.fsync(output.fileno())
     return failed
+
+
+def _give_back(room: Room, taken: int, task: asyncio.Task[None]) -> None:
+    room.give(taken)
