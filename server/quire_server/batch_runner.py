@@ -8,6 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from contextvars import Context
 from functools import partial
 from pathlib import Path
 
@@ -66,7 +67,9 @@ class Batches:
         self._cancelled[id] = asyncio.Event()
         if batch["status"] == "cancelling":
             self._cancelled[id].set()
-        self._tasks[id] = asyncio.create_task(self._to_its_end(id, owner, batch["expires_at"]))
+        work = self._to_its_end(id, owner, batch["expires_at"])
+        # A context of its own: that of the request which began the batch is another's, and gone after a restart.
+        self._tasks[id] = asyncio.create_task(work, context=Context())
 
     def cancel(self, id: str) -> None:
         """End it with what it has; the store has been told that it is cancelling."""

@@ -20,7 +20,7 @@ class Store(FileStore):
     """As of files, so of batches: what a method has returned from is on disk."""
 
     def add_batch(self, owner: str | None, batch: dict[str, Any]) -> None:
-        """Raises 507 when its output would find no room, 429 when too many have not ended, 400 without its input."""
+        """Raises 507 when its output would find no room, 429 when too many have not ended, 404 without its input."""
         self.check_room()
         with self._change() as db:
             if self.file(batch["input_file_id"], owner) is None:

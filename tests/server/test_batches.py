@@ -476,6 +476,15 @@ class TestStore:
         store.close()
         Store(tmp_path, BatchSettings()).close()
 
+    def test_server_says_so_and_ends(self, make_live, tmp_path, capsys):
+        store = Store(tmp_path, BatchSettings())
+        live = make_live(settings=batches(data_dir=str(tmp_path)), wait=False)
+        live.thread.join(20)
+        assert live.status == 1
+        assert live.engine.shut
+        assert "--data-dir" in capsys.readouterr().err
+        store.close()
+
     def test_folder_that_cannot_be_used(self, tmp_path):
         (tmp_path / "file").write_text("x")
         with pytest.raises(ConfigError, match="--data-dir"):
