@@ -7,10 +7,13 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from quire.cli.engine_args import add_engine_arguments, engine_config
+from quire_server.limits import add_limit_arguments, limits_from
 
 if TYPE_CHECKING:
     from quire_server.state import Server, Settings
@@ -20,7 +23,7 @@ API_KEY_VARIABLE = "QUIRE_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from quire_server.limits import add_limit_arguments
+    from quire_server.batch_settings import add_batch_arguments
     from quire_server.openai.responses_store import add_store_arguments
 
     parser.add_argument(
@@ -37,6 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help=f"a key that requests must carry; give it again for more (default: the variable {API_KEY_VARIABLE})",
     )
+    add_answer_arguments(group)
+    group.add_argument(
+        "--drain-timeout", type=float, default=60.0, help="seconds for open requests after SIGTERM (%(default)s)"
+    )
+    group.add_argument(
+        "--health-timeout", type=float, default=5.0, help="seconds in which the engine must answer (%(default)s)"
+    )
+    group.add_argument("--disable-access-log", action="store_true", help="no log line for each request")
+    group.add_argument(
+        "--uvicorn-log-level",
+        default="warning",
+        choices=["critical", "error", "warning", "info", "debug"],
+        help="what the HTTP layer itself logs (%(default)s)",
+    )
+    add_limit_arguments(parser)
+    add_batch_arguments(parser)
+    add_store_arguments(parser)
+    add_engine_arguments(parser)
+
+
+def add_answer_arguments(group: argparse._ArgumentGroup) -> None:
+    """What shapes the answers, over HTTP and in ``quire run-batch``."""
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names of the model in the API (MODEL's last part)"
     )
@@ -64,22 +89,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="read tool calls when tool_choice is 'auto' (on, unlike in vLLM; --no-enable-auto-tool-choice leaves the text)",
     )
     group.add_argument("--response-role", default="assistant", help="role of the answers (%(default)s)")
-    group.add_argument(
-        "--drain-timeout", type=float, default=60.0, help="seconds for open requests after SIGTERM (%(default)s)"
-    )
-    group.add_argument(
-        "--health-timeout", type=float, default=5.0, help="seconds in which the engine must answer (%(default)s)"
-    )
-    group.add_argument("--disable-access-log", action="store_true", help="no log line for each request")
-    group.add_argument(
-        "--uvicorn-log-level",
-        default="warning",
-        choices=["critical", "error", "warning", "info", "debug"],
-        help="what the HTTP layer itself logs (%(default)s)",
-    )
-    add_store_arguments(parser)
-    add_limit_arguments(parser)
-    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -103,6 +112,10 @@ def run(args: argparse.Namespace) -> int:
         log_level=args.uvicorn_log_level,
         on_ready=lambda server: print(banner(server, address(listener, args.host)), flush=True),
     )
+    return in_loop(work)
+
+
+def in_loop(work: Coroutine[Any, Any, int]) -> int:
     try:
         import uvloop
     except ImportError:  # not on Windows
@@ -114,15 +127,29 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace) -> Settings:
     from quire.errors import ConfigError
-    from quire_server.limits import limits_from
+    from quire_server.batch_settings import batch_settings
     from quire_server.openai.responses_store import store_settings
-    from quire_server.parsers import NONE, Parsers
-    from quire_server.state import Settings
 
     variable = os.environ.get(API_KEY_VARIABLE)
     keys = args.api_key if args.api_key is not None else [variable] if variable else []
     if any(not key.strip() for key in keys):
         raise ConfigError("--api-key: a key must not be empty")
+    return replace(
+        answer_settings(args),
+        api_keys=tuple(keys),
+        batches=batch_settings(args),
+        store=store_settings(args),
+        health_timeout=args.health_timeout,
+        access_log=not args.disable_access_log,
+    )
+
+
+def answer_settings(args: argparse.Namespace) -> Settings:
+    """What :func:`add_answer_arguments` and the limits of a request say."""
+    from quire.errors import ConfigError
+    from quire_server.parsers import NONE, Parsers
+    from quire_server.state import Settings
+
     template = None
     if args.chat_template is not None:
         try:
@@ -131,17 +158,13 @@ def _settings(args: argparse.Namespace) -> Settings:
             raise ConfigError(f"--chat-template {args.chat_template}: {error}") from None
     return Settings(
         model_names=tuple(args.served_model_name or [default_name(args.model)]),
-        api_keys=tuple(keys),
         limits=limits_from(args),
-        store=store_settings(args),
         response_role=args.response_role,
         chat_template=template,
         parsers=Parsers(
             args.tool_call_parser if args.enable_auto_tool_choice else NONE, args.reasoning_parser, args.plugins
         ),
         trust_request_chat_template=args.trust_request_chat_template,
-        health_timeout=args.health_timeout,
-        access_log=not args.disable_access_log,
     )
 
 

@@ -102,7 +102,8 @@ def path_of(loc: Sequence[int | str]) -> str | None:
 def from_validation(errors: Sequence[Any]) -> ApiError:
     """The first field at fault. A field of several possible types yields one error a type: their texts are joined."""
     first = errors[0]
-    loc = tuple(first["loc"])[1:] if first["loc"] and first["loc"][0] == "body" else tuple(first["loc"])
+    outer = ("body", "query")  # where FastAPI found it
+    loc = tuple(first["loc"])[1:] if first["loc"] and first["loc"][0] in outer else tuple(first["loc"])
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     if first["type"] == "refused":

@@ -7,6 +7,8 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -73,22 +75,39 @@ def _printable(text: str) -> str:
     return text[:256].encode("unicode_escape").decode()
 
 
-class BodyLimitMiddleware:
-    """Counts a body while it arrives, so that a missing or false Content-Length changes nothing."""
+@dataclass(frozen=True)
+class BodyLimit:
+    max_bytes: int
+    timeout: float  # seconds in which it must have arrived
+    flag: str = "--max-body-bytes"
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout: float) -> None:
-        self.app, self.max_bytes, self.timeout = app, max_bytes, timeout
+    def too_large(self) -> ApiError:
+        message = f"the body is larger than this server's limit of {self.max_bytes} bytes ({self.flag})"
+        return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
+
+
+class BodyLimitMiddleware:
+    """Counts a body while it arrives, so that a missing or false Content-Length changes nothing.
+
+    ``others`` are the limits of routes, as (method, path), that ``limit`` does not fit.
+    """
+
+    def __init__(
+        self, app: ASGIApp, limit: BodyLimit, others: Mapping[tuple[str, str], BodyLimit] | None = None
+    ) -> None:
+        self.app, self.limit, self.others = app, limit, others or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        limit = self.others.get((scope["method"], scope["path"]), self.limit)
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and int(length[:20]) > self.max_bytes:
-            await self._too_large().response()(scope, receive, send)
+        if length.isdecimal() and int(length[:20]) > limit.max_bytes:
+            await limit.too_large().response()(scope, receive, send)
             return
         seen, complete = 0, False
-        deadline = asyncio.get_running_loop().time() + self.timeout
+        deadline = asyncio.get_running_loop().time() + limit.timeout
 
         async def counted() -> Message:
             nonlocal seen, complete
@@ -99,17 +118,13 @@ class BodyLimitMiddleware:
                     message = await receive()
             except TimeoutError:
                 raise ApiError(
-                    408, f"the body did not arrive within {self.timeout:g} s", headers={"Connection": "close"}
+                    408, f"the body did not arrive within {limit.timeout:g} s", headers={"Connection": "close"}
                 ) from None
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 complete = not message.get("more_body", False)
-                if seen > self.max_bytes:
-                    raise self._too_large()
+                if seen > limit.max_bytes:
+                    raise limit.too_large()
             return message
 
         await self.app(scope, counted, send)
-
-    def _too_large(self) -> ApiError:
-        message = f"the body is larger than this server's limit of {self.max_bytes} bytes (--max-body-bytes)"
-        return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})

@@ -90,10 +90,12 @@ async def serve(
     signalled = asyncio.create_task(stop.asked.wait())
     status = 0
     try:
+        await server.batches.open()
         await asyncio.wait({starting, serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             server.lifecycle.state = "serving"
+            await server.batches.resume()
             if on_ready is not None:
                 on_ready(server)
             await asyncio.wait({serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
@@ -112,6 +114,7 @@ async def serve(
         watching.cancel()
         http.should_exit = True
         await asyncio.gather(starting, signalled, watching, serving, return_exceptions=True)
+        await server.batches.close()
         await engine.shutdown()
         server.responses.close()
         stop.uninstall()

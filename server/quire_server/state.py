@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Request
 
 from quire import __version__
+from quire_server.batch_settings import BatchSettings
 from quire_server.engine import EngineClient
 from quire_server.errors import ApiError, refuse
 from quire_server.lifecycle import Lifecycle
@@ -19,6 +20,9 @@ from quire_server.openai.responses_store import ResponseStore, StoreSettings
 from quire_server.parsers import Parsers
 from quire_server.text import Text
 
+if TYPE_CHECKING:
+    from quire_server.batch_runner import Batches
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,6 +32,7 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     store: StoreSettings = field(default_factory=StoreSettings)
+    batches: BatchSettings = field(default_factory=BatchSettings)
     response_role: str = "assistant"
     chat_template: str | None = None  # instead of the checkpoint's
     parsers: Parsers = field(default_factory=Parsers)
@@ -41,6 +46,7 @@ class Server:
     engine: EngineClient
     settings: Settings = field(default_factory=Settings)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    batches: Batches = field(init=False)  # made with the application, whose routes they run
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.settings.model_names[0])

@@ -11,6 +11,20 @@ from quire.outputs import RequestOutput
 
 
 @contextmanager
+def line_progress(total: int, done: int = 0) -> Iterator[Callable[[], None]]:
+    """A bar over the lines of a file, of which ``done`` are behind us; the yielded function counts one more."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(*Progress.get_default_columns(), console=Console(stderr=True), refresh_per_second=5) as progress:
+        task = progress.add_task("requests", total=total, completed=done)
+        yield lambda: progress.advance(task)
+
+
+@contextmanager
 def generation_progress(total: int) -> Iterator[Callable[[RequestOutput], None]]:
     """A bar over requests with prompt and output tokens per second; the yielded function takes each delta."""
     if not sys.stderr.isatty():

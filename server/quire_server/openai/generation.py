@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,9 @@ from quire_server.streaming import merged
 
 Logprobs = list[dict[int, Logprob]]
 PromptLogprobs = list[dict[int, Logprob] | None]
+
+least_priority: ContextVar[int] = ContextVar("least priority", default=-(2**31))
+"""What this request runs at when it asks for a lower number, which would be earlier: a batch's lines wait for others."""
 
 
 @dataclass
@@ -49,7 +53,7 @@ async def _observed(server: Server, fields: GenerationFields, job: Job) -> Async
             prompt,
             job.sampling,
             job.request_id,
-            priority=fields.priority,
+            priority=max(fields.priority, least_priority.get()),
             deadline=fields.deadline,
             cache_salt=fields.cache_salt,
         )
