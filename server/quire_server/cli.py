@@ -7,16 +7,19 @@ import json
 import logging
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.cli.engine_args import add_engine_arguments, engine_config
+from quire.logs import LOG_FORMATS
 
 if TYPE_CHECKING:
     from quire_server.state import Server, Settings
 
 HELP = "serve a model over an OpenAI-compatible HTTP API"
 API_KEY_VARIABLE = "QUIRE_API_KEY"
+logger = logging.getLogger("quire.server")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +72,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--health-timeout", type=float, default=5.0, help="seconds in which the engine must answer (%(default)s)"
     )
+    group.add_argument(
+        "--log-format",
+        default="text",
+        choices=LOG_FORMATS,
+        help="how the log of both processes looks: lines for people, or a JSON object a line (%(default)s)",
+    )
     group.add_argument("--disable-access-log", action="store_true", help="no log line for each request")
     group.add_argument(
         "--uvicorn-log-level",
@@ -83,11 +92,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Bind, then load, then serve. Returns the exit status."""
     from quire.errors import ConfigError
+    from quire.logs import set_up
     from quire_server.serve import bind, serve
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up(args.log_format, "server")
     settings = _settings(args)
-    config = engine_config(args)
+    config = replace(engine_config(args), log_format=args.log_format)
     if getattr(config, "skip_tokenizer_init", False):
         raise ConfigError("skip_tokenizer_init: a server speaks text, so it needs the tokenizer")
     listener = bind(args.host, args.port)
@@ -99,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         listener,
         drain_timeout=args.drain_timeout,
         log_level=args.uvicorn_log_level,
-        on_ready=lambda server: print(banner(server, address(listener, args.host)), flush=True),
+        on_ready=lambda server: _announce(server, address(listener, args.host), args.log_format),
     )
     try:
         import uvloop
@@ -108,6 +118,15 @@ def run(args: argparse.Namespace) -> int:
 
         return asyncio.run(work)
     return uvloop.run(work)
+
+
+def _announce(server: Server, base: str, log_format: str) -> None:
+    """To a person, with something to try; to a program, as a line of the log like any other."""
+    if log_format == "json":
+        names = ", ".join(server.settings.model_names)
+        logger.info("Quire serves %s on %s", names, base, extra={"model": server.settings.model_names[0]})
+    else:
+        print(banner(server, base), flush=True)
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -17,6 +17,8 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from quire.message import EngineReady, EngineStats
     from quire.outputs import RequestOutput
+    from quire.sampling.params import SamplingParams
+    from quire_server.record import RequestRecord
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -108,23 +110,36 @@ class Metrics:
 class RequestTimer:
     """Observes one request's outputs as they pass."""
 
-    def __init__(self, metrics: Metrics, n: int, max_tokens: int) -> None:
-        self.metrics = metrics
+    def __init__(self, metrics: Metrics, n: int, max_tokens: int, record: RequestRecord) -> None:
+        self.metrics, self.record = metrics, record
         self.began = time.monotonic()
         self.tokens = 0
         self.prompt_tokens = 0
         self._last: dict[int, float] = {}
         self._done = 0
+        self._cached = 0
         self._n = n
         metrics.params_n.observe(n)
         metrics.params_max_tokens.observe(max_tokens)
 
+    def sent(self, model: str, engine_id: str, prompt_tokens: int, sampling: SamplingParams) -> None:
+        """Note in the request's record what is asked of the engine."""
+        self.record.prompt_tokens += prompt_tokens
+        if self.record.sampling is None:
+            self.record.model, self.record.sampling, self.record.response_id = model, sampling, engine_id
+
     def saw(self, item: RequestOutput) -> None:
         now = time.monotonic()
         self.prompt_tokens = len(item.prompt_token_ids)
+        if item.num_cached_tokens > self._cached:  # told with a sample's first token
+            self.record.cached_tokens += item.num_cached_tokens - self._cached
+            self._cached = item.num_cached_tokens
         for output in item.outputs:
             if output.token_ids:
                 self.tokens += len(output.token_ids)
+                self.record.completion_tokens += len(output.token_ids)
+                if self.record.first_token is None:
+                    self.record.first_token = now
                 before = self._last.get(output.index)
                 if before is not None:
                     self.metrics.itl.observe(now - before)
@@ -134,11 +149,13 @@ class RequestTimer:
             if output.finish_reason is not None:
                 self._done += 1
                 self.metrics.success(output.finish_reason)
+                self.record.finish_reasons.append(output.finish_reason)
         if item.finished:
             self._finish(item, now)
 
     def _finish(self, item: RequestOutput, now: float) -> None:
         m, times = self.metrics, item.metrics
+        self.record.times = self.record.times or times
         m.e2e.observe(now - self.began)
         m.prompt_tokens.observe(self.prompt_tokens)
         m.generation_tokens.observe(self.tokens)
@@ -152,3 +169,4 @@ class RequestTimer:
         """The client went away, or the request failed: samples that had not finished count as aborted."""
         for _ in range(self._n - self._done):
             self.metrics.success("abort")
+            self.record.finish_reasons.append("abort")

@@ -11,6 +11,7 @@ import uuid
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quire_server import record
 from quire_server.errors import ApiError, unforeseen
 
 access_logger = logging.getLogger("quire.access")
@@ -31,12 +32,14 @@ class EnvelopeMiddleware:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.monotonic()
         status = 0
         given = Headers(scope=scope).get("x-request-id")
         valid = given is not None and _REQUEST_ID.fullmatch(given) is not None
         request_id = given if given is not None and valid else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["request_id_given"] = given is not None
+        seen = record.begin(request_id)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -59,13 +62,22 @@ class EnvelopeMiddleware:
                 raise ConnectionError("the response could not be completed") from None
         finally:
             if self.access_log:
-                milliseconds = (time.monotonic() - began) * 1000
-                user = scope["state"].get("user")
-                who = f" user={_printable(user)}" if user else ""
-                path = _printable(scope["path"])
-                access_logger.info(
-                    "%s %s %d %.1fms %s%s", scope["method"], path, status or 499, milliseconds, request_id, who
-                )
+                _log(scope, status or 499, seen)
+
+
+def _log(scope: Scope, status: int, seen: record.RequestRecord) -> None:
+    """The request's line; the json format has the same and more as fields."""
+    milliseconds = (time.monotonic() - seen.began) * 1000
+    method, path, state = scope["method"], _printable(scope["path"]), scope["state"]
+    named = {name: _printable(state[name]) for name in ("key_name", "user") if state.get(name)}
+    who = "".join(f" {name.removesuffix('_name')}={value}" for name, value in named.items())
+    access_logger.info(
+        "%s %s %d %.1fms %s%s", method, path, status, milliseconds, seen.request_id, who,
+        extra={
+            **seen.fields(), **named, "method": method, "path": path, "status": status,
+            "duration_ms": round(milliseconds, 1),
+        },
+    )  # fmt: skip
 
 
 def _printable(text: str) -> str:

@@ -102,7 +102,7 @@ async def serve(
                 )
     except (EngineDead, UserError) as error:
         server.lifecycle.state, server.lifecycle.reason = "failed", str(error)
-        print(f"quire serve: {error}", file=sys.stderr)
+        logger.error("the engine did not start: %s", error)
         status = 1
     finally:
         starting.cancel()

@@ -147,13 +147,13 @@ def test_loading_then_serving(make_live):
         assert http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 2}
 
 
-def test_engine_that_does_not_start(make_live, capsys):
+def test_engine_that_does_not_start(make_live, caplog):
     engine = FakeLLM()
     engine.dead = "the model does not fit"
     live = make_live(engine, wait=False)
     live.thread.join(10)
     assert live.status == 1
-    assert "the model does not fit" in capsys.readouterr().err
+    assert "the model does not fit" in caplog.text
 
 
 def test_stop_while_loading(make_live):

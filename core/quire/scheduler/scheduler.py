@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -16,6 +17,8 @@ from quire.scheduler.planner import Planner, Step
 from quire.scheduler.queues import Deadlines
 from quire.scheduler.request import Request, Sequence, Status
 from quire.spec import KVSpec
+
+logger = logging.getLogger("quire.scheduler")
 
 
 class Scheduler(Planner):
@@ -224,6 +227,9 @@ class Scheduler(Planner):
                 raise ValueError(f"step {step.plan.step}: error for row {error.row}, which is not in it")
             request = who[error.row].request
             if self.requests.get(request.id) is request:
+                logger.error(
+                    "request %s failed in step %d", request.id, step.plan.step, extra={"request_id": request.id}
+                )
                 self._end(request, "error", error.message)
         self._sweep()
 
