@@ -78,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=LOG_FORMATS,
         help="how the log of both processes looks: lines for people, or a JSON object a line (%(default)s)",
     )
+    group.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send an OpenTelemetry span for each request there, e.g. http://localhost:4318/v1/traces (extra: otel)",
+    )
     group.add_argument("--disable-access-log", action="store_true", help="no log line for each request")
     group.add_argument(
         "--uvicorn-log-level",
@@ -157,6 +162,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         trust_request_chat_template=args.trust_request_chat_template,
         health_timeout=args.health_timeout,
         access_log=not args.disable_access_log,
+        otlp_traces_endpoint=args.otlp_traces_endpoint,
     )
 
 

@@ -122,11 +122,11 @@ class RequestTimer:
         metrics.params_n.observe(n)
         metrics.params_max_tokens.observe(max_tokens)
 
-    def sent(self, model: str, engine_id: str, prompt_tokens: int, sampling: SamplingParams) -> None:
+    def sent(self, model: str, prompt_tokens: int, sampling: SamplingParams) -> None:
         """Note in the request's record what is asked of the engine."""
         self.record.prompt_tokens += prompt_tokens
         if self.record.sampling is None:
-            self.record.model, self.record.sampling, self.record.response_id = model, sampling, engine_id
+            self.record.model, self.record.sampling = model, sampling
 
     def saw(self, item: RequestOutput) -> None:
         now = time.monotonic()

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire_server import record
 from quire_server.errors import ApiError, unforeseen
+from quire_server.tracing import Tracing
 
 access_logger = logging.getLogger("quire.access")
 
@@ -20,13 +21,14 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 class EnvelopeMiddleware:
-    """Outermost. Gives the request an id (the client's own, if it has a safe form), returns it, writes one log line.
+    """Outermost. Gives the request an id (the client's own, if it has a safe form), returns it, tells of it
+    when it has ended: a log line and, with tracing, a span.
 
     Whatever no handler foresaw ends here as a 500.
     """
 
-    def __init__(self, app: ASGIApp, access_log: bool = True) -> None:
-        self.app, self.access_log = app, access_log
+    def __init__(self, app: ASGIApp, access_log: bool = True, tracing: Tracing | None = None) -> None:
+        self.app, self.access_log, self.tracing = app, access_log, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -38,8 +40,7 @@ class EnvelopeMiddleware:
         request_id = given if given is not None and valid else uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
-        state["request_id_given"] = given is not None
-        seen = record.begin(request_id)
+        seen = record.begin(request_id, given is not None)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -63,6 +64,8 @@ class EnvelopeMiddleware:
         finally:
             if self.access_log:
                 _log(scope, status or 499, seen)
+            if self.tracing is not None:
+                self.tracing.finished(seen, scope["method"], scope["path"], Headers(scope=scope), status or 499)
 
 
 def _log(scope: Scope, status: int, seen: record.RequestRecord) -> None:

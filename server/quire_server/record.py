@@ -18,6 +18,7 @@ class RequestRecord:
     """Begun by the outermost middleware; the route's jobs (one engine request each) add to it."""
 
     request_id: str
+    given: bool  # by the client: then it need not be unique
     began: float = field(default_factory=time.monotonic)
     model: str | None = None
     response_id: str | None = None
@@ -51,21 +52,25 @@ class RequestRecord:
 _current: ContextVar[RequestRecord | None] = ContextVar("quire_request", default=None)
 
 
-def begin(request_id: str) -> RequestRecord:
+def begin(request_id: str, given: bool) -> RequestRecord:
     """The record of the request that this task, and those it starts, answer."""
-    record = RequestRecord(request_id)
+    record = RequestRecord(request_id, given)
     _current.set(record)
     return record
 
 
 def current() -> RequestRecord:
     """The record of the request under way; outside of one, a record that nobody reads."""
-    return _current.get() or RequestRecord("")
+    return _current.get() or RequestRecord(uuid.uuid4().hex, False)
 
 
-def response_id(prefix: str, given: bool, request_id: str) -> str:
-    """An answer's id, which is also the engine's id of the request, so that one search finds all of its log lines.
+def response_id(prefix: str) -> str:
+    """The id of the answer under way. The engine's ids begin with it, so one search finds all lines about a request.
 
     A client may give the same X-Request-Id twice; the engine's must be its own.
     """
-    return f"{prefix}-{request_id}-{uuid.uuid4().hex[:12]}" if given else f"{prefix}-{request_id}"
+    record = current()
+    record.response_id = f"{prefix}-{record.request_id}"
+    if record.given:
+        record.response_id += f"-{uuid.uuid4().hex[:12]}"
+    return record.response_id

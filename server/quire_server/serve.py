@@ -110,6 +110,8 @@ async def serve(
         http.should_exit = True
         await asyncio.gather(starting, signalled, serving, return_exceptions=True)
         await engine.shutdown()
+        if server.tracing is not None:
+            await asyncio.to_thread(server.tracing.close)
         stop.uninstall()
     return status
 

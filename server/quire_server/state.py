@@ -16,6 +16,7 @@ from quire_server.limits import Limits
 from quire_server.metrics import Metrics
 from quire_server.parsers import Parsers
 from quire_server.text import Text
+from quire_server.tracing import Tracing
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Settings:
     trust_request_chat_template: bool = False
     health_timeout: float = 5.0
     access_log: bool = True
+    otlp_traces_endpoint: str | None = None
 
 
 @dataclass
@@ -41,6 +43,8 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.settings.model_names[0])
+        endpoint = self.settings.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing(endpoint)
         self._text: Text | None = None
         self.created = int(time.time())
         self.fingerprint = f"quire-{__version__}"

@@ -110,7 +110,7 @@ class FakeLLM:
         self.opened.append((request_id, p, {"priority": priority, "deadline": deadline, "cache_salt": cache_salt}))
         self.running.add(request_id)
         finished = False
-        metrics = RequestMetrics(arrival_time=0.0, first_token_time=1.0, last_token_time=2.0)
+        metrics = RequestMetrics(arrival_time=0.0, first_scheduled_time=0.25, first_token_time=1.0, last_token_time=2.0)
         try:
             samples = [_FakeSample(j, ids, p, self.script) for j in range(p.n)]
             step = 0

@@ -38,7 +38,7 @@ async def create_chat_completion(request: Request, body: ChatRequest, server: St
     body.check_prompt(server.limits, server.settings.trust_request_chat_template)
     request.state.user = body.user or body.safety_identifier
     head = {
-        "id": response_id("chatcmpl", request.state.request_id_given, request.state.request_id),
+        "id": response_id("chatcmpl"),
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": model,

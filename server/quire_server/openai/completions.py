@@ -31,7 +31,7 @@ async def create_completion(request: Request, body: CompletionRequest, server: S
     body.check(server.limits)
     request.state.user = body.user
     head = {
-        "id": response_id("cmpl", request.state.request_id_given, request.state.request_id),
+        "id": response_id("cmpl"),
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,

@@ -43,7 +43,7 @@ async def outputs(
 
 async def _observed(server: Server, fields: GenerationFields, job: Job) -> AsyncGenerator[RequestOutput, None]:
     timer = RequestTimer(server.metrics, job.sampling.n, job.sampling.max_tokens or 0, record.current())
-    timer.sent(fields.model or server.settings.model_names[0], job.request_id, len(job.prompt_token_ids), job.sampling)
+    timer.sent(fields.model or server.settings.model_names[0], len(job.prompt_token_ids), job.sampling)
     prompt = {"prompt": job.prompt, "prompt_token_ids": job.prompt_token_ids}
     finished = False
     try:
