@@ -73,6 +73,10 @@ class SampleOutput(msgspec.Struct, array_like=True, omit_defaults=True):
     scheduled: float | None = None  # with the first output: time.monotonic() of the request's first step
 
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the sizes of steps that EngineStats counts, in tokens; what is above them comes last."""
+
+
 class EngineStats(msgspec.Struct, tag="stats", kw_only=True, omit_defaults=True):
     """Counters since the start and gauges of now."""
 
@@ -93,6 +97,8 @@ class EngineStats(msgspec.Struct, tag="stats", kw_only=True, omit_defaults=True)
     last_step: float = 0.0  # time.monotonic() when a step last ended
     batch_tokens: int = 0  # tokens in the last step
     batch_requests: int = 0
+    step_sizes: list[int] = msgspec.field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))  # steps by STEP_TOKENS
+    step_tokens: int = 0  # of all steps together
     step_running_for: float = 0.0  # seconds since the step in flight began; 0: none
     pages: list[bytes] | None = None  # when asked: per KV group a byte per page, its state as in quire.kv.accounts
 

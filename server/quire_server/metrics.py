@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+
+from quire.message import STEP_TOKENS
 
 if TYPE_CHECKING:
     from quire.message import EngineReady, EngineStats
@@ -61,13 +64,20 @@ class EngineCollector(Collector):
         yield gauge("num_requests_swapped", "Sequences swapped to host memory.", stats.swapped)
         yield gauge("kv_cache_usage_perc", "KV cache usage; 1 is full.", used / max(stats.pages_total, 1))
         yield gauge("kv_waste_ratio", "Share of owned KV slots that hold no token.", stats.kv_waste)
-        yield gauge("iteration_tokens", "Tokens in the last step.", stats.batch_tokens)
+        yield self._steps(stats)
         yield counter("num_preemptions", "Sequences preempted.", stats.preemptions)
         yield counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries)
         yield counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits)
         yield counter("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens)
         yield counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
         yield counter("engine_steps", "Steps the engine has run.", stats.steps)
+
+    def _steps(self, stats: EngineStats) -> Metric:
+        bounds = [*(f"{size:.1f}" for size in STEP_TOKENS), "+Inf"]
+        name, text = "quire:iteration_tokens_total", "Tokens of a step."
+        steps = HistogramMetricFamily(name, text, labels=["model_name"])
+        steps.add_metric([self.model], list(zip(bounds, accumulate(stats.step_sizes), strict=True)), stats.step_tokens)
+        return steps
 
 
 class Metrics:
@@ -78,6 +88,7 @@ class Metrics:
         self.model = model
         self.engine = EngineCollector(model)
         self.registry.register(self.engine)
+        ProcessCollector(registry=self.registry)  # memory, CPU time and open files of the HTTP process
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
             family = Histogram(f"quire:{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
@@ -89,9 +100,16 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time per output token of a request.", _LATENCY
         )
         self.e2e = histogram("e2e_request_latency_seconds", "Time of a whole request.", _LATENCY)
+        self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", _LATENCY)
+        self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", _LATENCY)
         self.decode = histogram("request_decode_time_seconds", "From first to last token.", _LATENCY)
+        self.inference = histogram("request_inference_time_seconds", "From the first step to the last token.", _LATENCY)
         self.prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
         self.generation_tokens = histogram("request_generation_tokens", "Tokens a request generated.", _TOKENS)
+        self.computed_tokens = histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens of a request that no prefix hit spared.", _TOKENS
+        )
+        self.longest = histogram("request_max_num_generation_tokens", "Tokens of a request's longest sample.", _TOKENS)
         self.params_n = histogram("request_params_n", "The parameter n.", _TOKENS)
         self.params_max_tokens = histogram("request_params_max_tokens", "The parameter max_tokens.", _TOKENS)
         self._success = Counter(
@@ -116,6 +134,7 @@ class RequestTimer:
         self.tokens = 0
         self.prompt_tokens = 0
         self._last: dict[int, float] = {}
+        self._lengths: dict[int, int] = {}  # tokens by sample
         self._done = 0
         self._cached = 0
         self._n = n
@@ -137,6 +156,7 @@ class RequestTimer:
         for output in item.outputs:
             if output.token_ids:
                 self.tokens += len(output.token_ids)
+                self._lengths[output.index] = self._lengths.get(output.index, 0) + len(output.token_ids)
                 self.record.completion_tokens += len(output.token_ids)
                 if self.record.first_token is None:
                     self.record.first_token = now
@@ -159,11 +179,18 @@ class RequestTimer:
         m.e2e.observe(now - self.began)
         m.prompt_tokens.observe(self.prompt_tokens)
         m.generation_tokens.observe(self.tokens)
-        first, last = times.first_token_time, times.last_token_time
-        if first is not None and last is not None:
-            m.decode.observe(max(last - first, 0.0))
-            if self.tokens > self._n:
-                m.tpot.observe(max(last - first, 0.0) / (self.tokens / self._n - 1))
+        m.computed_tokens.observe(self.prompt_tokens - self._cached)
+        m.longest.observe(max(self._lengths.values(), default=0))
+        for metric, seconds in (
+            (m.queue, times.queue_time),
+            (m.prefill, times.prefill_time),
+            (m.decode, times.decode_time),
+            (m.inference, times.inference_time),
+        ):
+            if seconds is not None:
+                metric.observe(seconds)
+        if times.decode_time is not None and self.tokens > self._n:
+            m.tpot.observe(times.decode_time / (self.tokens / self._n - 1))
 
     def abandoned(self) -> None:
         """The client went away, or the request failed: samples that had not finished count as aborted."""

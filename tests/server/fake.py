@@ -147,7 +147,14 @@ class FakeLLM:
             await asyncio.sleep(timeout)
             raise TimeoutError
         return EngineStats(
-            running=len(self.running), waiting=2, pages_total=64, pages_free=48, prefix_queries=10, preemptions=7
+            running=len(self.running),
+            waiting=2,
+            pages_total=64,
+            pages_free=48,
+            prefix_queries=10,
+            preemptions=7,
+            step_sizes=[0, 1, 0, 2] + [0] * 10,
+            step_tokens=30,
         )
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:

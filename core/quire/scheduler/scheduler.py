@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from copy import copy
@@ -11,7 +12,7 @@ from copy import copy
 from quire.config import CacheConfig, SchedulerConfig
 from quire.errors import QueueFull, RequestRefused
 from quire.kv import check, gauges, page_states
-from quire.message import AddRequest, EngineStats, SampleOutput, StepPlan, StepResult
+from quire.message import STEP_TOKENS, AddRequest, EngineStats, SampleOutput, StepPlan, StepResult
 from quire.scheduler.intake import check_config, check_request
 from quire.scheduler.planner import Planner, Step
 from quire.scheduler.queues import Deadlines
@@ -168,6 +169,8 @@ class Scheduler(Planner):
         stats = self._stats
         stats.steps += 1
         stats.batch_tokens, stats.batch_requests = plan.num_tokens, len(plan.rows)
+        stats.step_sizes[bisect_left(STEP_TOKENS, stats.batch_tokens)] += 1
+        stats.step_tokens += stats.batch_tokens
         stats.last_step = self._clock()
         return self.take_outputs()
 
@@ -271,6 +274,7 @@ class Scheduler(Planner):
         stats.pages_cached = sum(g.cached for g in books)
         stats.kv_waste = 1.0 - sum(g.tokens for g in books) / slots if slots else 0.0
         result = copy(stats)
+        result.step_sizes = stats.step_sizes[:]
         if pages:
             result.pages = page_states(self.blocks)
         return result
