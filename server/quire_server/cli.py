@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("server")
     group.add_argument(
+        "--config", metavar="FILE", help="a .toml or .yaml file of these flags; the command line beats it"
+    )
+    group.add_argument(
+        "--dump-config", action="store_true", help="print the configuration in force as TOML for --config, and end"
+    )
+    group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for every interface"
     )
     group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s); 0 for any free one")
@@ -94,8 +100,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The command line, over the file that it names. Raises ConfigError."""
+    from quire_server.config_file import parse
+
+    return parse(parser, add_arguments, argv)
+
+
 def run(args: argparse.Namespace) -> int:
     """Bind, then load, then serve. Returns the exit status."""
+    if args.dump_config:
+        from quire_server.config_file import dump
+
+        _settings(args), engine_config(args)  # refuse what would be refused
+        print(dump(args, add_arguments))
+        return 0
     from quire.errors import ConfigError
     from quire.logs import set_up
     from quire_server.serve import bind, serve
