@@ -137,5 +137,7 @@ def dump(args: argparse.Namespace, add_arguments: AddArguments) -> str:
         elif value is None:
             lines.append(f"# {key}: not set")
         else:
-            lines.append(f"{key} = {json.dumps(value, ensure_ascii=False)}" + ("  # default" if value == action.default else ""))
+            lines.append(
+                f"{key} = {json.dumps(value, ensure_ascii=False)}" + ("  # default" if value == action.default else "")
+            )
     return "\n".join(lines)

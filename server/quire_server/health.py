@@ -22,9 +22,16 @@ State = Annotated[Server, Depends(server_of)]
 
 
 @router.get("/ping")
+async def ping() -> Response:
+    """The HTTP process answers. Whether it can serve is what /ready says."""
+    return json_response({"status": "alive"})
+
+
 @router.get("/live")
-async def live() -> Response:
-    """The HTTP process serves, whatever its engine does: restarting it helps only when this fails."""
+async def live(server: State) -> Response:
+    """The HTTP process serves. It fails only when a restart is what helps: the engine is gone for good."""
+    if server.engine.errored:
+        raise ApiError(503, "the engine is gone for good", code="engine_dead")
     return json_response({"status": "alive"})
 
 

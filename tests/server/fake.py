@@ -69,6 +69,7 @@ class FakeLLM:
         self.up.set()
         self.hangs = False
         self.dead: str | None = None
+        self.errored = False
         self.full = False
         self.fails_after: int | None = None
         self.breaks_after: int | None = None

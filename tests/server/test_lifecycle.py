@@ -251,6 +251,8 @@ def test_ready_asks_the_engine_and_live_does_not(make_live, trouble, code):
         assert (unready.status_code, unready.json()["error"]["code"]) == (503, code)
         assert int(unready.headers["retry-after"]) > 0
         assert http.get("/live").status_code == 200
+        live.engine.errored = True
+        assert http.get("/live").status_code == 503
 
 
 def test_port_in_use_is_said_at_once():
