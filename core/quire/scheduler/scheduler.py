@@ -12,7 +12,7 @@ from copy import copy
 from quire.config import CacheConfig, SchedulerConfig
 from quire.errors import QueueFull, RequestRefused
 from quire.kv import check, gauges, page_states
-from quire.message import STEP_TOKENS, AddRequest, EngineStats, SampleOutput, StepPlan, StepResult
+from quire.message import STEP_TOKENS, AddRequest, EngineStats, SampleOutput, SequenceState, StepPlan, StepResult
 from quire.scheduler.intake import check_config, check_request
 from quire.scheduler.planner import Planner, Step
 from quire.scheduler.queues import Deadlines
@@ -20,6 +20,9 @@ from quire.scheduler.request import Request, Sequence, Status
 from quire.spec import KVSpec
 
 logger = logging.getLogger("quire.scheduler")
+
+MAX_RUNNING_LISTED = 512  # in the statistics
+MAX_WAITING_LISTED = 32
 
 
 class Scheduler(Planner):
@@ -262,7 +265,7 @@ class Scheduler(Planner):
 
     def stats(self, pages: bool = False) -> EngineStats:
         """Counters and gauges, a new object; linear in the number of sequences that were admitted. ``pages`` adds the
-        state of every page (quire.kv.accounts)."""
+        state of every page (quire.kv.accounts) and who holds it."""
         stats = self._stats
         books = gauges(self.blocks)
         slots = sum(g.slots for g in books)
@@ -277,4 +280,19 @@ class Scheduler(Planner):
         result.step_sizes = stats.step_sizes[:]
         if pages:
             result.pages = page_states(self.blocks)
+            listed = self.running[:MAX_RUNNING_LISTED] + self.waiting.first(MAX_WAITING_LISTED)
+            result.sequences = [self._state(sequence) for sequence in listed]
         return result
+
+    def _state(self, sequence: Sequence) -> SequenceState:
+        request, table = sequence.request, sequence.table
+        return SequenceState(
+            request.id,
+            sequence.index,
+            sequence.status.name.lower(),
+            request.prompt_len,
+            len(sequence.tokens) - request.prompt_len,
+            table.length,
+            max(0.0, self._clock() - request.arrival),
+            [pages[first:] for pages, first in zip(table.pages, table.first, strict=True)],
+        )
