@@ -148,6 +148,8 @@ def _announce(server: Server, base: str, log_format: str) -> None:
     """To a person, with something to try; to a program, as a line of the log like any other."""
     if log_format == "json":
         names = ", ".join(server.settings.model_names)
+        if server.engine.info.report:
+            logger.info("%s", server.engine.info.report)
         logger.info("Quire serves %s on %s", names, base, extra={"model": server.settings.model_names[0]})
     else:
         print(banner(server, base), flush=True)
