@@ -393,9 +393,9 @@ def test_a_cell_tells_its_state_and_who_holds_it(browser, make_live):
     expected = [
         ("Page 1: free", "holds nothing", []),
         ("Page 2: cached", "held by nobody; its prefix can be used again", []),
-        ("Page 3: owned", "cmpl-first-0: running, 46 tokens in 2 pages", ["cmpl-first-0"]),
-        ("Page 4: shared", "cmpl-second-0 #1: running, 49 tokens in 2 pages", ["cmpl-first-0", "cmpl-second-0 #1"]),
-        ("Page 5: owned", "cmpl-second-0 #1: running", ["cmpl-second-0 #1"]),
+        ("Page 3: owned", "cmpl-first-0\n  running, 46 tokens in 2 pages", ["cmpl-first-0"]),
+        ("Page 4: shared", "cmpl-second-0 #1\n  running, 49 tokens in 2 pages", ["cmpl-first-0", "cmpl-second-0 #1"]),
+        ("Page 5: owned", "cmpl-second-0 #1\n  running", ["cmpl-second-0 #1"]),
     ]
     for i, (state, said, on) in enumerate(expected):  # by pointer
         browser.hover(*cell(i))
@@ -487,6 +487,16 @@ def test_fits_a_phone_and_can_be_read(browser, make_live, dark):
     browser.open(live.base, 360, 740, dark=dark, phone=True)
     browser.wait("document.querySelectorAll('#legend li').length === 4")
     assert browser.run("document.documentElement.scrollWidth") <= 360
+    # A long conversation scrolls in its own box; opened settings push the rest down instead of covering it.
+    browser.run(
+        "document.querySelector('#log').append(Object.assign(document.createElement('pre'), {textContent: 'x\\n'.repeat(200)}))"
+    )
+    assert browser.run("document.querySelector('#log').clientHeight") < 740
+    browser.run("document.querySelector('#settings').open = true")
+    settings = "document.querySelector('#settings')"
+    assert browser.run(f"{settings}.scrollHeight <= {settings}.clientHeight")
+    assert browser.run("document.documentElement.scrollWidth") <= 360
+    browser.run("document.querySelector('#settings').open = false; document.querySelector('#log').replaceChildren()")
     # WCAG 2's contrast of text on its background, at least 4.5 (AA).
     names = ["text", "quiet", "bad", "accent"]
     read = "name => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim()"

@@ -2,7 +2,9 @@
 
 export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 export const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const short = new Intl.NumberFormat("en", { notation: "compact" }); // what an axis has room for
 export const number = (value) => value < 10 && value % 1 ? value.toFixed(1) : grouped.format(value);
+export const compact = (value) => value < 10000 ? number(value) : short.format(value);
 
 // A canvas' context in CSS pixels, cleared; the height is ours, the width the layout's.
 export function surface(canvas, height) {

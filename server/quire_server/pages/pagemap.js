@@ -88,7 +88,7 @@ function describe(g, i) {
   const [who, more] = holders(group, i);
   for (const index of who) {
     const request = grid.requests[index];
-    lines.push(`${nameOf(request)}: ${request.state}, ${grouped.format(request.computed_tokens)} tokens in ${grouped.format(request.pages)} pages`);
+    lines.push(`${nameOf(request)}\n  ${request.state}, ${grouped.format(request.computed_tokens)} tokens in ${grouped.format(request.pages)} pages`);
   }
   if (more) lines.push(`and ${more} more`);
   if (!who.length) lines.push(MEANS[state] || "held by a request that is not listed");

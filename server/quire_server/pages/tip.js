@@ -17,6 +17,7 @@ export function showTip(lines, node, box = node.getBoundingClientRect()) {
   anchor = node;
   tip.replaceChildren(...lines);
   tip.hidden = false;
+  tip.style.left = "0"; // there it has its full width
   tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 8))}px`;
   const below = box.bottom + 6;
   tip.style.top = `${below + tip.offsetHeight < innerHeight ? below : Math.max(4, box.top - tip.offsetHeight - 6)}px`;

@@ -1,6 +1,6 @@
 // The engine: numbers, the page map, requests and plots, all from /engine/stream.
 import { events } from "./api.js";
-import { colour, number, surface } from "./canvas.js";
+import { colour, compact, number, surface } from "./canvas.js";
 import { drawMap } from "./pagemap.js";
 import { drawRequests } from "./requests.js";
 
@@ -66,8 +66,8 @@ function draw() {
   const point = history.at(-1);
   if (!point || document.hidden) return;
   numbers(point);
-  drawMap(point.view);
   drawRequests(point.view);
+  drawMap(point.view);
   plot("rate", [["generated", "owned", (p) => p.out], ["prompt", "second", (p) => p.read]]);
   plot("batch", [["generated", "owned", (p) => p.stepOut], ["prompt", "second", (p) => p.stepRead]], { stacked: true });
   plot("queue", [["running", "owned", (p) => p.view.running], ["waiting", "second", (p) => p.view.waiting]]);
@@ -119,7 +119,7 @@ function plot(id, series, { stacked = false } = {}) {
   context.strokeStyle = colour("line");
   context.textAlign = "right";
   for (const mark of [0, top / 2, top]) {
-    context.fillText(number(mark), left - 6, y(mark));
+    context.fillText(compact(mark), left - 6, y(mark));
     context.beginPath();
     context.moveTo(left, y(mark));
     context.lineTo(width, y(mark));
