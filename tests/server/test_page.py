@@ -488,9 +488,8 @@ def test_fits_a_phone_and_can_be_read(browser, make_live, dark):
     browser.wait("document.querySelectorAll('#legend li').length === 4")
     assert browser.run("document.documentElement.scrollWidth") <= 360
     # A long conversation scrolls in its own box; opened settings push the rest down instead of covering it.
-    browser.run(
-        "document.querySelector('#log').append(Object.assign(document.createElement('pre'), {textContent: 'x\\n'.repeat(200)}))"
-    )
+    long = "Object.assign(document.createElement('pre'), {textContent: 'x\\n'.repeat(200)})"
+    browser.run(f"document.querySelector('#log').append({long})")
     assert browser.run("document.querySelector('#log').clientHeight") < 740
     browser.run("document.querySelector('#settings').open = true")
     settings = "document.querySelector('#settings')"

@@ -36,7 +36,8 @@ class WaitingQueue:
 
     def first(self, count: int) -> list[Sequence]:
         """Up to ``count`` from the head; the queue stays as it is."""
-        heap, found = self._heap[:], []
+        heap = self._heap[:]
+        found: list[Sequence] = []
         while heap and len(found) < count:
             sequence = heapq.heappop(heap)[1]
             if sequence.status is not Status.FINISHED:
