@@ -73,7 +73,7 @@ def _load(path: Path) -> dict[Any, Any]:
 
 
 def _yaml(text: str) -> Any:
-    import yaml  # of huggingface_hub, which core needs
+    import yaml
 
     class Loader(yaml.SafeLoader):
         """Plain values; a key given twice is a mistake, not the last one's victory."""

@@ -16,12 +16,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from quire.message import STEP_TOKENS
+from quire_server.record import current
 
 if TYPE_CHECKING:
     from quire.message import EngineReady, EngineStats
     from quire.outputs import RequestOutput
     from quire.sampling.params import SamplingParams
-    from quire_server.record import RequestRecord
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
@@ -128,8 +128,8 @@ class Metrics:
 class RequestTimer:
     """Observes one request's outputs as they pass."""
 
-    def __init__(self, metrics: Metrics, n: int, max_tokens: int, record: RequestRecord) -> None:
-        self.metrics, self.record = metrics, record
+    def __init__(self, metrics: Metrics, n: int, max_tokens: int) -> None:
+        self.metrics, self.record = metrics, current()
         self.began = time.monotonic()
         self.tokens = 0
         self.prompt_tokens = 0
@@ -141,11 +141,12 @@ class RequestTimer:
         metrics.params_n.observe(n)
         metrics.params_max_tokens.observe(max_tokens)
 
-    def sent(self, model: str, prompt_tokens: int, sampling: SamplingParams) -> None:
+    def sent(self, model: str, engine_id: str, prompt_tokens: int, sampling: SamplingParams) -> None:
         """Note in the request's record what is asked of the engine."""
         self.record.prompt_tokens += prompt_tokens
         if self.record.sampling is None:
             self.record.model, self.record.sampling = model, sampling
+            self.record.response_id = self.record.response_id or engine_id
 
     def saw(self, item: RequestOutput) -> None:
         now = time.monotonic()

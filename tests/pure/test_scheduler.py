@@ -572,3 +572,13 @@ def test_statistics_count_steps_by_their_size():
     stats = rig.scheduler.stats()
     assert (stats.step_sizes[:4], sum(stats.step_sizes)) == ([2, 0, 1, 0], stats.steps)  # 9 tokens, then one by one
     assert stats.step_tokens == 11
+
+
+def test_a_failure_is_logged_with_the_requests_id(caplog):
+    rig = Rig()
+    rig.add("a")
+    plan = rig.plan()
+    rig.done(plan, errors=[RowError(plan.rows[0], "a secret of the prompt")])
+    (line,) = caplog.records
+    assert (line.request_id, line.levelname) == ("a", "ERROR")
+    assert "secret" not in line.getMessage()

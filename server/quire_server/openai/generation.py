@@ -9,7 +9,6 @@ from typing import Any
 
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.sampling.params import SamplingParams
-from quire_server import record
 from quire_server.errors import ApiError, from_engine, refuse
 from quire_server.metrics import RequestTimer
 from quire_server.openai.fields import GenerationFields
@@ -42,8 +41,9 @@ async def outputs(
 
 
 async def _observed(server: Server, fields: GenerationFields, job: Job) -> AsyncGenerator[RequestOutput, None]:
-    timer = RequestTimer(server.metrics, job.sampling.n, job.sampling.max_tokens or 0, record.current())
-    timer.sent(fields.model or server.settings.model_names[0], len(job.prompt_token_ids), job.sampling)
+    timer = RequestTimer(server.metrics, job.sampling.n, job.sampling.max_tokens or 0)
+    model = fields.model or server.settings.model_names[0]
+    timer.sent(model, job.request_id, len(job.prompt_token_ids), job.sampling)
     prompt = {"prompt": job.prompt, "prompt_token_ids": job.prompt_token_ids}
     finished = False
     try:
