@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from quire.errors import ConfigError
+from quire.logs import LogFormat
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class EngineConfig:
     cache: CacheConfig = CacheConfig()
     enforce_eager: bool = False  # never capture steps
     plugins: tuple[str, ...] | None = None  # names of plugins to load; None: all
+    log_format: LogFormat = "text"  # of an engine process of its own
 
     def validate(self) -> None:
         """Raise ConfigError for a value no device could honour."""

@@ -73,6 +73,23 @@ class SampleOutput(msgspec.Struct, array_like=True, omit_defaults=True):
     scheduled: float | None = None  # with the first output: time.monotonic() of the request's first step
 
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+"""Upper bounds of the sizes of steps that EngineStats counts, in tokens; what is above them comes last."""
+
+
+class SequenceState(msgspec.Struct, array_like=True):
+    """One sample as somebody who looks at the engine sees it. Numbers and its name, nothing of its tokens."""
+
+    request_id: str
+    index: int
+    state: str  # running, waiting (new or preempted), swapped
+    prompt_tokens: int
+    output_tokens: int
+    computed_tokens: int  # with keys and values, or planned to be
+    age: float  # seconds since it arrived
+    pages: list[list[int]]  # per KV group, those it holds on the device
+
+
 class EngineStats(msgspec.Struct, tag="stats", kw_only=True, omit_defaults=True):
     """Counters since the start and gauges of now."""
 
@@ -93,8 +110,11 @@ class EngineStats(msgspec.Struct, tag="stats", kw_only=True, omit_defaults=True)
     last_step: float = 0.0  # time.monotonic() when a step last ended
     batch_tokens: int = 0  # tokens in the last step
     batch_requests: int = 0
+    step_sizes: list[int] = msgspec.field(default_factory=lambda: [0] * (len(STEP_TOKENS) + 1))  # steps by STEP_TOKENS
+    step_tokens: int = 0  # of all steps together
     step_running_for: float = 0.0  # seconds since the step in flight began; 0: none
     pages: list[bytes] | None = None  # when asked: per KV group a byte per page, its state as in quire.kv.accounts
+    sequences: list[SequenceState] | None = None  # with pages: who runs, then the first who wait; bounded
 
 
 class StepOutputs(msgspec.Struct, tag="outputs"):

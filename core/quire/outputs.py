@@ -36,6 +36,30 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
 
+    @property
+    def queue_time(self) -> float | None:
+        """From arrival to the first step."""
+        return _between(self.arrival_time, self.first_scheduled_time)
+
+    @property
+    def prefill_time(self) -> float | None:
+        """From the first step to the first token."""
+        return _between(self.first_scheduled_time, self.first_token_time)
+
+    @property
+    def decode_time(self) -> float | None:
+        """From the first token to the last."""
+        return _between(self.first_token_time, self.last_token_time)
+
+    @property
+    def inference_time(self) -> float | None:
+        """From the first step to the last token."""
+        return _between(self.first_scheduled_time, self.last_token_time)
+
+
+def _between(start: float | None, end: float | None) -> float | None:
+    return None if start is None or end is None else max(end - start, 0.0)
+
 
 @dataclass
 class RequestOutput:

@@ -45,6 +45,6 @@ def create_app(server: Server) -> FastAPI:
     )
     app.add_middleware(GateMiddleware, lifecycle=server.lifecycle)
     app.add_middleware(AuthMiddleware, keys=ApiKeys(server.settings.api_keys))
-    app.add_middleware(EnvelopeMiddleware, access_log=server.settings.access_log)
+    app.add_middleware(EnvelopeMiddleware, access_log=server.settings.access_log, tracing=server.tracing)
     app.add_middleware(AnthropicMiddleware)
     return app

@@ -1,4 +1,4 @@
-"""API keys: on every route but the two that a load balancer asks, and the page, which holds no data."""
+"""API keys: on every route but those that a load balancer asks, and the page, which holds no data."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from quire_server.errors import ApiError
 from quire_server.pages import ASSETS
 
-OPEN_PATHS = frozenset({"/health", "/ping", *ASSETS})
+OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/ping", *ASSETS})
 
 
 class ApiKeys:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.engine_args import add_engine_arguments, engine_config
+from quire.logs import LOG_FORMATS
 from quire_server.limits import add_limit_arguments, limits_from
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "serve a model over an OpenAI-compatible HTTP API"
 API_KEY_VARIABLE = "QUIRE_API_KEY"
+logger = logging.getLogger("quire.server")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", nargs="?", default="demo", metavar="MODEL", help="folder, registered name or hub name (demo)"
     )
     group = parser.add_argument_group("server")
+    group.add_argument(
+        "--config", metavar="FILE", help="a .toml or .yaml file of these flags; the command line beats it"
+    )
+    group.add_argument(
+        "--dump-config", action="store_true", help="print the configuration in force as TOML for --config, and end"
+    )
     group.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for every interface"
     )
@@ -46,6 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--health-timeout", type=float, default=5.0, help="seconds in which the engine must answer (%(default)s)"
+    )
+    group.add_argument(
+        "--log-format",
+        default="text",
+        choices=LOG_FORMATS,
+        help="how the log of both processes looks: lines for people, or a JSON object a line (%(default)s)",
+    )
+    group.add_argument(
+        "--otlp-traces-endpoint",
+        metavar="URL",
+        help="send an OpenTelemetry span for each request there, e.g. http://localhost:4318/v1/traces (extra: otel)",
     )
     group.add_argument("--disable-access-log", action="store_true", help="no log line for each request")
     group.add_argument(
@@ -91,14 +110,28 @@ def add_answer_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--response-role", default="assistant", help="role of the answers (%(default)s)")
 
 
+def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    """The command line, over the file that it names. Raises ConfigError."""
+    from quire_server.config_file import parse
+
+    return parse(parser, add_arguments, argv)
+
+
 def run(args: argparse.Namespace) -> int:
     """Bind, then load, then serve. Returns the exit status."""
+    if args.dump_config:
+        from quire_server.config_file import dump
+
+        _settings(args), engine_config(args)  # refuse what would be refused
+        print(dump(args, add_arguments))
+        return 0
     from quire.errors import ConfigError
+    from quire.logs import set_up
     from quire_server.serve import bind, serve
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    set_up(args.log_format, "server")
     settings = _settings(args)
-    config = engine_config(args)
+    config = replace(engine_config(args), log_format=args.log_format)
     if getattr(config, "skip_tokenizer_init", False):
         raise ConfigError("skip_tokenizer_init: a server speaks text, so it needs the tokenizer")
     listener = bind(args.host, args.port)
@@ -110,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         listener,
         drain_timeout=args.drain_timeout,
         log_level=args.uvicorn_log_level,
-        on_ready=lambda server: print(banner(server, address(listener, args.host)), flush=True),
+        on_ready=lambda server: _announce(server, address(listener, args.host), args.log_format),
     )
     return in_loop(work)
 
@@ -123,6 +156,17 @@ def in_loop(work: Coroutine[Any, Any, int]) -> int:
 
         return asyncio.run(work)
     return uvloop.run(work)
+
+
+def _announce(server: Server, base: str, log_format: str) -> None:
+    """To a person, with something to try; to a program, as a line of the log like any other."""
+    if log_format == "json":
+        names = ", ".join(server.settings.model_names)
+        if server.engine.info.report:
+            logger.info("%s", server.engine.info.report)
+        logger.info("Quire serves %s on %s", names, base, extra={"model": server.settings.model_names[0]})
+    else:
+        print(banner(server, base), flush=True)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
@@ -141,6 +185,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         store=store_settings(args),
         health_timeout=args.health_timeout,
         access_log=not args.disable_access_log,
+        otlp_traces_endpoint=args.otlp_traces_endpoint,
     )
 
 

@@ -22,6 +22,11 @@ class EngineClient(Protocol):
     @property
     def info(self) -> EngineReady: ...
 
+    @property
+    def errored(self) -> bool:
+        """Whether the engine is gone for good, and not merely being started again."""
+        ...
+
     async def start(self) -> None: ...
 
     def generate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 INTERVAL = 0.5  # seconds between updates of a stream
 MAX_CELLS = 4096  # of the page map, all KV groups together
+MAX_OWNERS = 8  # named for one cell
 MAX_LISTENERS = 16  # streams at once; one question to the engine serves them all
 SECONDS_PER_PAGE = 15e-6  # between two page maps: a hundred times what one takes, so that looking costs about 1 %
 STATES = {"free": FREE, "cached": CACHED, "owned": OWNED, "shared": SHARED}
@@ -100,6 +101,7 @@ class EngineWatch:
         self._view: dict[str, Any] = {}
         self._taken = self._mapped = -float("inf")
         self._groups: list[dict[str, Any]] = []
+        self._requests: list[dict[str, Any]] = []
 
     async def view(self) -> dict[str, Any]:
         """What ``/engine`` shows, at most half an interval old; ``error`` in it when the engine did not answer."""
@@ -126,7 +128,7 @@ class EngineWatch:
             return {**head, "error": f"the engine is not running: {error}"}
         if stats.pages is not None:
             self._mapped = now
-            self._groups = page_map(stats)
+            self._groups, self._requests = page_map(stats), requests(stats)
         return {
             **head,
             "monotonic": time.monotonic(),
@@ -136,6 +138,7 @@ class EngineWatch:
             **{name: getattr(stats, name) for name in GAUGES},
             "in_flight": server.lifecycle.in_flight,
             "page_map": self._groups,
+            "requests": self._requests,
             "ttft": histogram(server.metrics.ttft),
             "itl": histogram(server.metrics.itl),
         }
@@ -143,11 +146,12 @@ class EngineWatch:
 
 def page_map(stats: EngineStats) -> list[dict[str, Any]]:
     """Per KV group the number of pages in each state, and ``cells``: a digit (quire.kv.accounts) for every
-    ``pages_per_cell`` pages, the state that most of them have. Page 0, which holds nothing, is left out."""
+    ``pages_per_cell`` pages, the state that most of them have. Page 0, which holds nothing, is left out. ``owners`` are
+    runs of cells with the same holders: [first cell, cells, indices into :func:`requests`, how many more]."""
     groups = stats.pages or []
     room = max(1, MAX_CELLS // max(1, len(groups)))
     result = []
-    for group in groups:
+    for g, group in enumerate(groups):
         states = np.frombuffer(group, np.uint8)[1:]
         size = max(1, -(-len(states) // room))
         padded = np.zeros(-(-len(states) // size) * size, np.uint8)
@@ -164,9 +168,43 @@ def page_map(stats: EngineStats) -> list[dict[str, Any]]:
                 **{name: int(totals[state]) for name, state in STATES.items()},
                 "pages_per_cell": size,
                 "cells": (cells + ord("0")).tobytes().decode("ascii"),
+                "owners": owners([sequence.pages[g] for sequence in stats.sequences or ()], size),
             }
         )
     return result
+
+
+def owners(holdings: Sequence[Sequence[int]], size: int) -> list[list[Any]]:
+    """Who holds what: ``holdings`` are the pages of each sequence, ``size`` is the number of pages in a cell."""
+    holders: dict[int, list[int]] = {}
+    for i, pages in enumerate(holdings):
+        for cell in sorted({(page - 1) // size for page in pages}):
+            holders.setdefault(cell, []).append(i)
+    runs: list[list[Any]] = []
+    for cell in sorted(holders):
+        named, more = holders[cell][:MAX_OWNERS], max(0, len(holders[cell]) - MAX_OWNERS)
+        if runs and runs[-1][0] + runs[-1][1] == cell and runs[-1][2:] == [named, more]:
+            runs[-1][1] += 1
+        else:
+            runs.append([cell, 1, named, more])
+    return runs
+
+
+def requests(stats: EngineStats) -> list[dict[str, Any]]:
+    """Who runs and who waits first, in that order; the owners of the page map are indices into this."""
+    return [
+        {
+            "id": sequence.request_id,
+            "index": sequence.index,
+            "state": sequence.state,
+            "prompt_tokens": sequence.prompt_tokens,
+            "output_tokens": sequence.output_tokens,
+            "computed_tokens": sequence.computed_tokens,
+            "age": sequence.age,
+            "pages": sum(map(len, sequence.pages)),
+        }
+        for sequence in stats.sequences or ()
+    ]
 
 
 def histogram(metric: Histogram) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -14,31 +14,54 @@ from quire.errors import EngineDead
 from quire_server.errors import ApiError, json_response
 from quire_server.state import Server, server_of
 
+if TYPE_CHECKING:
+    from quire.message import EngineStats
+
 router = APIRouter(tags=["operation"])
 State = Annotated[Server, Depends(server_of)]
 
 
 @router.get("/ping")
 async def ping() -> Response:
-    """The HTTP process is alive. Whether it can serve is what /health says."""
+    """The HTTP process answers. Whether it can serve is what /ready says."""
     return json_response({"status": "alive"})
+
+
+@router.get("/live")
+async def live(server: State) -> Response:
+    """The HTTP process serves. It fails only when a restart is what helps: the engine is gone for good."""
+    if server.engine.errored:
+        raise ApiError(503, "the engine is gone for good", code="engine_dead")
+    return json_response({"status": "alive"})
+
+
+@router.get("/ready")
+async def ready(server: State) -> Response:
+    """200 while new requests are taken; 503 with the reason while the model loads, while the engine is gone or does
+    not answer, and from the moment of draining on."""
+    await _asked(server)
+    return json_response({"status": "ready"})
 
 
 @router.get("/health")
 async def health(server: State) -> Response:
     """200 when the engine has just answered; 503 with the reason otherwise."""
+    stats = await _asked(server)
+    return json_response({"status": "ok", "running": stats.running, "waiting": stats.waiting})
+
+
+async def _asked(server: Server) -> EngineStats:
+    """What the engine answers now. Raises 503 with the reason why it does not, or why no new request is taken."""
     refusal = server.lifecycle.refusal()
     if refusal is not None:
         raise refusal
     try:
-        stats = await server.engine.stats(timeout=server.settings.health_timeout)
+        return await server.engine.stats(timeout=server.settings.health_timeout)
     except TimeoutError:
-        raise ApiError(
-            503, f"the engine did not answer within {server.settings.health_timeout:g} s", code="engine_unresponsive"
-        ) from None
+        reason, code = f"the engine did not answer within {server.settings.health_timeout:g} s", "engine_unresponsive"
     except EngineDead as error:
-        raise ApiError(503, f"the engine is not running: {error}", code="engine_dead") from None
-    return json_response({"status": "ok", "running": stats.running, "waiting": stats.waiting})
+        reason, code = f"the engine is not running: {error}", "engine_dead"
+    raise ApiError(503, reason, code=code, headers={"Retry-After": "1"})
 
 
 @router.get("/version")

@@ -11,7 +11,9 @@ from quire_server.errors import ApiError
 from quire_server.pages import ASSETS
 
 State = Literal["loading", "serving", "draining", "stopped", "failed"]
-PROBES = frozenset({"/health", "/ping", "/metrics", "/version", "/load", "/engine", "/engine/stream", *ASSETS})
+PROBES = frozenset(
+    {"/health", "/live", "/ready", "/ping", "/metrics", "/version", "/load", "/engine", "/engine/stream", *ASSETS}
+)
 
 
 class Lifecycle:
@@ -67,12 +69,16 @@ class Lifecycle:
         if self.state == "loading":
             return ApiError(503, "the model is loading", code="loading", headers={"Retry-After": "1"})
         if self.state == "failed":
-            return ApiError(503, f"the engine did not start: {self.reason}", code="engine_dead")
+            return ApiError(
+                503, f"the engine did not start: {self.reason}", code="engine_dead", headers={"Retry-After": "5"}
+            )
         return shutting_down()
 
 
 def shutting_down() -> ApiError:
-    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Connection": "close"})
+    return ApiError(
+        503, "the server is shutting down", code="shutting_down", headers={"Connection": "close", "Retry-After": "5"}
+    )
 
 
 class GateMiddleware:

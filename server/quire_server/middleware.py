@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quire_server import record
 from quire_server.errors import ApiError, unforeseen
+from quire_server.tracing import Tracing
 
 access_logger = logging.getLogger("quire.access")
 
@@ -21,24 +23,26 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 
 
 class EnvelopeMiddleware:
-    """Outermost. Gives the request an id (the client's own, if it has a safe form), returns it, writes one log line.
+    """Outermost. Gives the request an id (the client's own, if it has a safe form), returns it, tells of it
+    when it has ended: a log line and, with tracing, a span.
 
     Whatever no handler foresaw ends here as a 500.
     """
 
-    def __init__(self, app: ASGIApp, access_log: bool = True) -> None:
-        self.app, self.access_log = app, access_log
+    def __init__(self, app: ASGIApp, access_log: bool = True, tracing: Tracing | None = None) -> None:
+        self.app, self.access_log, self.tracing = app, access_log, tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began = time.monotonic()
         status = 0
         given = Headers(scope=scope).get("x-request-id")
         valid = given is not None and _REQUEST_ID.fullmatch(given) is not None
         request_id = given if given is not None and valid else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        seen = record.begin(request_id, given is not None)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -61,13 +65,24 @@ class EnvelopeMiddleware:
                 raise ConnectionError("the response could not be completed") from None
         finally:
             if self.access_log:
-                milliseconds = (time.monotonic() - began) * 1000
-                user = scope["state"].get("user")
-                who = f" user={_printable(user)}" if user else ""
-                path = _printable(scope["path"])
-                access_logger.info(
-                    "%s %s %d %.1fms %s%s", scope["method"], path, status or 499, milliseconds, request_id, who
-                )
+                _log(scope, status or 499, seen)
+            if self.tracing is not None:
+                self.tracing.finished(seen, scope["method"], scope["path"], Headers(scope=scope), status or 499)
+
+
+def _log(scope: Scope, status: int, seen: record.RequestRecord) -> None:
+    """The request's line; the json format has the same and more as fields."""
+    milliseconds = (time.monotonic() - seen.began) * 1000
+    method, path, state = scope["method"], _printable(scope["path"]), scope["state"]
+    named = {name: _printable(state[name]) for name in ("key_name", "user") if state.get(name)}
+    who = "".join(f" {name.removesuffix('_name')}={value}" for name, value in named.items())
+    access_logger.info(
+        "%s %s %d %.1fms %s%s", method, path, status, milliseconds, seen.request_id, who,
+        extra={
+            **seen.fields(), **named, "method": method, "path": path, "status": status,
+            "duration_ms": round(milliseconds, 1),
+        },
+    )  # fmt: skip
 
 
 def _printable(text: str) -> str:

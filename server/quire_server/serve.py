@@ -106,7 +106,7 @@ async def serve(
                 )
     except (EngineDead, UserError) as error:
         server.lifecycle.state, server.lifecycle.reason = "failed", str(error)
-        print(f"quire serve: {error}", file=sys.stderr)
+        logger.error("quire serve: %s", error)
         status = 1
     finally:
         starting.cancel()
@@ -117,6 +117,8 @@ async def serve(
         await server.batches.close()
         await engine.shutdown()
         server.responses.close()
+        if server.tracing is not None:
+            await asyncio.to_thread(server.tracing.close)
         stop.uninstall()
     return status
 

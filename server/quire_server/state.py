@@ -19,6 +19,7 @@ from quire_server.openai.responses_background import Background
 from quire_server.openai.responses_store import ResponseStore, StoreSettings
 from quire_server.parsers import Parsers
 from quire_server.text import Text
+from quire_server.tracing import Tracing
 
 if TYPE_CHECKING:
     from quire_server.batch_runner import Batches
@@ -39,6 +40,7 @@ class Settings:
     trust_request_chat_template: bool = False
     health_timeout: float = 5.0
     access_log: bool = True
+    otlp_traces_endpoint: str | None = None
 
 
 @dataclass
@@ -52,6 +54,8 @@ class Server:
         self.metrics = Metrics(self.settings.model_names[0])
         self.responses = ResponseStore(self.settings.store)
         self.background = Background(self.settings.store.max_background)
+        endpoint = self.settings.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing(endpoint)
         self._text: Text | None = None
         self.created = int(time.time())
         self.fingerprint = f"quire-{__version__}"

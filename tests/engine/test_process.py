@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -31,14 +33,14 @@ def params(i: int) -> SamplingParams:
     )
 
 
-def with_engine(model, scenario, **options):
+def with_engine(model, scenario, log_format="text", **options):
     """Run a coroutine function with a started AsyncLLM, and shut it down."""
 
     async def run():
         config = make_config(
             str(model), device="cpu", skip_tokenizer_init=True, kv_cache_memory_bytes=32 << 20, **options
         )
-        llm = AsyncLLM(config)
+        llm = AsyncLLM(replace(config, log_format=log_format))
         await llm.start()
         try:
             return await asyncio.wait_for(scenario(llm), 120)
@@ -189,3 +191,14 @@ def test_the_engine_ends_with_its_parent(tiny):
             return
         time.sleep(0.05)
     raise AssertionError(f"engine process {pid} is still there")
+
+
+def test_the_engine_logs_in_the_format_it_is_told(tiny, capfd):
+    async def scenario(llm):
+        llm.engine._to.send(b"\xc1")  # no msgpack: the engine says that it drops it
+        await llm.stats(timeout=30)
+
+    with_engine(tiny, scenario, log_format="json")
+    lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
+    (dropped,) = [line for line in lines if "does not decode" in line["message"]]
+    assert (dropped["process"], dropped["logger"], dropped["level"]) == ("engine", "quire.engine", "ERROR")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from quire.config import CacheConfig, ConfigError, SchedulerConfig
 from quire.errors import QueueFull, RequestRefused
 from quire.kv import check
+from quire.kv.accounts import OWNED, SHARED
 from quire.message import AddRequest, RowError, StepPlan, StepResult, TokenLogprobs
 from quire.sampling.noise import child_seed
 from quire.sampling.params import SamplingParams
@@ -539,3 +541,44 @@ def test_settings_that_cannot_be_honoured_are_refused_by_name(settings):
 def test_importing_the_scheduler_loads_neither_torch_nor_numpy():
     code = "import sys, quire.scheduler, quire.kv; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_statistics_say_who_holds_each_page_and_who_waits():
+    rig = Rig(pages=17, max_num_seqs=3)
+    rig.add("a", prompt=9, n=2)  # two samples that share the prompt's full pages
+    rig.add("b", prompt=6)
+    rig.add("c", prompt=5, priority=0)
+    for _ in range(4):
+        rig.step()
+    stats = rig.scheduler.stats(pages=True)
+    known = {(s.request_id, s.index): s for s in stats.sequences}
+    assert [s.state for s in stats.sequences] == ["running"] * 3 + ["waiting"]
+    assert known["c", 0].pages == [[]]
+    assert known["c", 0].age == pytest.approx(rig.now - rig.scheduler.requests["c"].arrival)
+    assert (known["a", 1].prompt_tokens, known["a", 1].output_tokens) == (9, len(rig.outputs["a", 1]))
+    held = Counter(page for s in stats.sequences for page in s.pages[0])
+    owned = {page: min(state - OWNED + 1, 2) for page, state in enumerate(stats.pages[0]) if state in (OWNED, SHARED)}
+    assert {page: min(count, 2) for page, count in held.items()} == owned
+    assert 2 in owned.values()
+    assert rig.scheduler.stats().sequences is None
+    rig.drain()
+    assert rig.scheduler.stats(pages=True).sequences == []
+
+
+def test_statistics_count_steps_by_their_size():
+    rig = Rig()
+    rig.add("a", prompt=9, max_tokens=3)
+    rig.drain()
+    stats = rig.scheduler.stats()
+    assert (stats.step_sizes[:4], sum(stats.step_sizes)) == ([2, 0, 1, 0], stats.steps)  # 9 tokens, then one by one
+    assert stats.step_tokens == 11
+
+
+def test_a_failure_is_logged_with_the_requests_id(caplog):
+    rig = Rig()
+    rig.add("a")
+    plan = rig.plan()
+    rig.done(plan, errors=[RowError(plan.rows[0], "a secret of the prompt")])
+    (line,) = caplog.records
+    assert (line.request_id, line.levelname) == ("a", "ERROR")
+    assert "secret" not in line.getMessage()

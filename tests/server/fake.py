@@ -69,6 +69,7 @@ class FakeLLM:
         self.up.set()
         self.hangs = False
         self.dead: str | None = None
+        self.errored = False
         self.full = False
         self.fails_after: int | None = None
         self.breaks_after: int | None = None
@@ -110,7 +111,7 @@ class FakeLLM:
         self.opened.append((request_id, p, {"priority": priority, "deadline": deadline, "cache_salt": cache_salt}))
         self.running.add(request_id)
         finished = False
-        metrics = RequestMetrics(arrival_time=0.0, first_token_time=1.0, last_token_time=2.0)
+        metrics = RequestMetrics(arrival_time=0.0, first_scheduled_time=0.25, first_token_time=1.0, last_token_time=2.0)
         try:
             samples = [_FakeSample(j, ids, p, self.script) for j in range(p.n)]
             step = 0
@@ -147,7 +148,14 @@ class FakeLLM:
             await asyncio.sleep(timeout)
             raise TimeoutError
         return EngineStats(
-            running=len(self.running), waiting=2, pages_total=64, pages_free=48, prefix_queries=10, preemptions=7
+            running=len(self.running),
+            waiting=2,
+            pages_total=64,
+            pages_free=48,
+            prefix_queries=10,
+            preemptions=7,
+            step_sizes=[0, 1, 0, 2] + [0] * 10,
+            step_tokens=30,
         )
 
     async def shutdown(self, drain_seconds: float = 0.0) -> None:

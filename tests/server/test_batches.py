@@ -476,13 +476,13 @@ class TestStore:
         store.close()
         Store(tmp_path, BatchSettings()).close()
 
-    def test_server_says_so_and_ends(self, make_live, tmp_path, capsys):
+    def test_server_says_so_and_ends(self, make_live, tmp_path, caplog):
         store = Store(tmp_path, BatchSettings())
         live = make_live(settings=batches(data_dir=str(tmp_path)), wait=False)
         live.thread.join(20)
         assert live.status == 1
         assert live.engine.shut
-        assert "--data-dir" in capsys.readouterr().err
+        assert "--data-dir" in caplog.text
         store.close()
 
     def test_folder_that_cannot_be_used(self, tmp_path):
@@ -569,9 +569,9 @@ def test_killed_and_ended_servers_lose_nothing_and_repeat_nothing(tmp_path):
 
 
 class TestRunBatch:
-    def run(self, source, target, resume=False, engine=None):
+    def run(self, source, target, resume=False, engine=None, at_once=3):
         engine = engine or FakeLLM()
-        assert asyncio.run(run_batch(engine, Settings(), str(source), str(target), 3, resume)) == 0
+        assert asyncio.run(run_batch(engine, Settings(), str(source), str(target), at_once, resume)) == 0
         return engine
 
     def test_every_line_has_its_answer(self, tmp_path, capsys):
@@ -626,7 +626,7 @@ class TestRunBatch:
                     yield item
 
         with pytest.raises(RunBatchError, match="--resume"):
-            self.run(source, target, engine=Dying())
+            self.run(source, target, engine=Dying(), at_once=1)
         assert [each["custom_id"] for each in numbered(target)] == ["a"]
 
     def test_command(self, tmp_path):

@@ -107,7 +107,8 @@ class TestKeys:
                     assert response.status_code == 401, (method, path)
                     assert response.headers["www-authenticate"] == "Bearer"
             assert http.get("/health").status_code == 200
-            assert http.get("/ping").status_code == 200
+            for path in ("/ping", "/live", "/ready"):
+                assert http.get(path).status_code == 200, path
             assert http.get("/").status_code == 200
 
     @pytest.mark.parametrize(
@@ -141,19 +142,24 @@ def test_loading_then_serving(make_live):
         assert eventually(lambda: http.get("/ping").status_code == 200)
         health = http.get("/health")
         assert (health.status_code, health.json()["error"]["code"]) == (503, "loading")
+        assert http.get("/live").status_code == 200
+        unready = http.get("/ready")
+        assert (unready.status_code, unready.json()["error"]["code"]) == (503, "loading")
+        assert int(unready.headers["retry-after"]) > 0
         assert http.post("/v1/completions", json={"prompt": "x"}).status_code == 503
         engine.up.set()
         assert live.ready.wait(5)
+        assert http.get("/ready").json() == {"status": "ready"}
         assert http.get("/health").json() == {"status": "ok", "running": 0, "waiting": 2}
 
 
-def test_engine_that_does_not_start(make_live, capsys):
+def test_engine_that_does_not_start(make_live, caplog):
     engine = FakeLLM()
     engine.dead = "the model does not fit"
     live = make_live(engine, wait=False)
     live.thread.join(10)
     assert live.status == 1
-    assert "the model does not fit" in capsys.readouterr().err
+    assert "the model does not fit" in caplog.text
 
 
 def test_stop_while_loading(make_live):
@@ -184,7 +190,12 @@ def test_drain_finishes_what_runs_and_takes_nothing_new(make_live):
         refused = http.post("/v1/completions", json={"prompt": "x"})
         assert refused.status_code == 503
         assert refused.headers["connection"] == "close"
+        assert int(refused.headers["retry-after"]) > 0
         assert http.get("/health").status_code == 503
+        unready = http.get("/ready")
+        assert (unready.status_code, unready.json()["error"]["code"]) == (503, "shutting_down")
+        assert int(unready.headers["retry-after"]) > 0
+        assert http.get("/live").status_code == 200
     asking.join(10)
     assert len(result["text"].encode()) > 50
     live.thread.join(10)
@@ -218,6 +229,32 @@ def test_drain_has_an_end(make_live):
     assert not live.engine.running
 
 
+def test_a_stream_past_the_deadline_ends_with_an_error_event(make_live):
+    live = make_live(FakeLLM(delay=0.02), drain_timeout=0.3)
+    with live.http() as http, http.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
+        lines = response.iter_lines()
+        next(lines)
+        live.ask_to_stop()
+        events = [line for line in lines if line]  # httpx would raise if the connection just broke
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "shutting_down"
+    assert "data: [DONE]" not in events
+    live.thread.join(10)
+    assert live.status == 0
+
+
+@pytest.mark.parametrize(("trouble", "code"), [("hangs", "engine_unresponsive"), ("dead", "engine_dead")])
+def test_ready_asks_the_engine_and_live_does_not(make_live, trouble, code):
+    live = make_live(settings=Settings(health_timeout=0.05))
+    setattr(live.engine, trouble, "it has died" if trouble == "dead" else True)
+    with live.http() as http:
+        unready = http.get("/ready")
+        assert (unready.status_code, unready.json()["error"]["code"]) == (503, code)
+        assert int(unready.headers["retry-after"]) > 0
+        assert http.get("/live").status_code == 200
+        live.engine.errored = True
+        assert http.get("/live").status_code == 503
+
+
 def test_port_in_use_is_said_at_once():
     with bind("127.0.0.1", 0) as taken:
         taken.listen()
@@ -228,7 +265,7 @@ def test_port_in_use_is_said_at_once():
 
 def test_metrics_have_vllms_names(make_live):
     live = make_live(FakeLLM(delay=0.001))
-    live.openai().completions.create(model="demo", prompt="abc", max_tokens=10)
+    live.openai().completions.create(model="demo", prompt="abcd", max_tokens=10)
     with live.http() as http:
         text = http.get("/metrics").text
     values = {}
@@ -249,9 +286,20 @@ def test_metrics_have_vllms_names(make_live):
         "quire:time_to_first_token_seconds_count": 1,
         "quire:inter_token_latency_seconds_count": 9,
         "quire:e2e_request_latency_seconds_count": 1,
-        "quire:request_prompt_tokens_sum": 3,
+        "quire:request_prompt_tokens_sum": 4,
         "quire:request_generation_tokens_sum": 10,
+        "quire:request_queue_time_seconds_sum": 0.25,
+        "quire:request_prefill_time_seconds_sum": 0.75,
         "quire:request_decode_time_seconds_sum": 1.0,
+        "quire:request_inference_time_seconds_sum": 1.75,
+        "quire:request_prefill_kv_computed_tokens_sum": 1,
+        "quire:request_max_num_generation_tokens_sum": 10,
+        "quire:request_params_n_sum": 1,
+        "quire:request_params_max_tokens_sum": 10,
+        "quire:iteration_tokens_total_count": 3,
+        "quire:iteration_tokens_total_sum": 30,
+        'quire:iteration_tokens_total_bucket{le="8.0"}': 1,
+        'quire:iteration_tokens_total_bucket{le="32.0"}': 3,
         'quire:request_success_total{finished_reason="length"}': 1,
     }
     assert {name: values.get(name) for name in expected} == expected

@@ -16,9 +16,9 @@ from demo_server import DemoServer
 from fake import FakeLLM
 
 from quire.kv.accounts import CACHED, FREE, OWNED, RESERVED, SHARED
-from quire.message import EngineStats
+from quire.message import EngineStats, SequenceState
 from quire_server import engine_view
-from quire_server.engine_view import MAX_CELLS, MAX_LISTENERS, page_map
+from quire_server.engine_view import MAX_CELLS, MAX_LISTENERS, MAX_OWNERS, owners, page_map
 from quire_server.state import Settings
 
 
@@ -28,11 +28,17 @@ class PagedLLM(FakeLLM):
     def __init__(self, pages: bytes = bytes([RESERVED, FREE, CACHED, OWNED, SHARED, OWNED]), **options) -> None:
         super().__init__(**options)
         self.pages, self.asked = pages, 0
+        self.sequences = [
+            SequenceState("cmpl-first-0", 0, "running", 40, 7, 46, 1.5, [[3, 4]]),
+            SequenceState("cmpl-second-0", 1, "running", 20, 30, 49, 2.5, [[4, 5]]),
+            SequenceState("chatcmpl-third", 0, "waiting", 900, 0, 0, 12.25, [[]]),
+        ]
 
     async def stats(self, pages: bool = False, timeout: float = 5.0) -> EngineStats:
         stats = await super().stats(pages, timeout)
         self.asked += 1
         stats.pages = [self.pages] if pages else None
+        stats.sequences = self.sequences if pages else None
         return stats
 
 
@@ -92,6 +98,16 @@ def test_engine_shows_what_the_engine_says(make_live):
     (group,) = view["page_map"]
     assert group["cells"] == "12343"
     assert [group[name] for name in ("pages", "free", "cached", "owned", "shared")] == [5, 1, 1, 2, 1]
+    assert group["owners"] == [[2, 1, [0], 0], [3, 1, [0, 1], 0], [4, 1, [1], 0]]
+    first, second, third = view["requests"]
+    assert (first["id"], first["state"], first["prompt_tokens"], first["output_tokens"]) == (
+        "cmpl-first-0",
+        "running",
+        40,
+        7,
+    )
+    assert (second["index"], second["pages"], second["computed_tokens"]) == (1, 2, 49)
+    assert (third["state"], third["age"], third["pages"]) == ("waiting", 12.25, 0)
     assert view["ttft"]["count"] == 1
     assert view["itl"]["count"] == 7
     bound, count = view["ttft"]["buckets"][-1]
@@ -171,6 +187,13 @@ def test_large_maps_are_sampled_down_without_losing_the_sums():
         here = Counter(states[1 + i * size : 1 + (i + 1) * size].tolist())
         assert here[int(cell)] == max(here.values())
     assert small["cells"] == "41"
+
+
+def test_owners_are_runs_of_cells():
+    everybody = [[1, 2, 3, 4, 5, 6, 20], [5, 6], [20], []]
+    assert owners(everybody, 1) == [[0, 4, [0], 0], [4, 2, [0, 1], 0], [19, 1, [0, 2], 0]]
+    assert owners(everybody, 4) == [[0, 1, [0], 0], [1, 1, [0, 1], 0], [4, 1, [0, 2], 0]]
+    assert owners([[7]] * 11, 2) == [[3, 1, list(range(MAX_OWNERS)), 3]]
 
 
 def test_the_map_of_a_large_pool_is_asked_for_rarely(make_live):
@@ -351,6 +374,98 @@ def test_stop_by_keyboard_ends_the_request(browser, make_live):
     assert "ended by you" in browser.run("document.querySelector('.message.assistant .who').innerText")
 
 
+TIP = "document.querySelector('#tip').hidden ? '' : document.querySelector('#tip').innerText"
+ON = "[...document.querySelectorAll('#requests tr.on th')].map(e => e.textContent)"
+
+
+@needs_browser
+def test_a_cell_tells_its_state_and_who_holds_it(browser, make_live):
+    live = make_live(PagedLLM())
+    browser.open(live.base)
+    browser.wait("document.querySelectorAll('#requests tbody tr').length === 3")
+    box = browser.run(
+        "(() => { const b = document.querySelector('#pages').getBoundingClientRect(); return [b.left, b.top]; })()"
+    )
+
+    def cell(i: int) -> tuple[float, float]:  # sixteen pixels each: there are few
+        return box[0] + 16 * i + 8, box[1] + 8
+
+    expected = [
+        ("Page 1: free", "holds nothing", []),
+        ("Page 2: cached", "held by nobody; its prefix can be used again", []),
+        ("Page 3: owned", "cmpl-first-0\n  running, 46 tokens in 2 pages", ["cmpl-first-0"]),
+        ("Page 4: shared", "cmpl-second-0 #1\n  running, 49 tokens in 2 pages", ["cmpl-first-0", "cmpl-second-0 #1"]),
+        ("Page 5: owned", "cmpl-second-0 #1\n  running", ["cmpl-second-0 #1"]),
+    ]
+    for i, (state, said, on) in enumerate(expected):  # by pointer
+        browser.hover(*cell(i))
+        browser.wait(f"({TIP}).includes({json.dumps(state)})")
+        assert said in browser.run(TIP)
+        assert browser.run(ON) == on
+    browser.hover(5, 5)
+    browser.wait(f"({TIP}) === ''")
+    assert browser.run(ON) == []
+    browser.run("document.querySelector('#prompt').focus()")
+    for _ in range(20):  # by keyboard: Tab gets there
+        browser.key("Tab")
+        if browser.run("document.activeElement.id") == "pages":
+            break
+    assert "Page 1: free" in browser.run(TIP)
+    for key, state in (
+        ("ArrowRight", "Page 2"),
+        ("End", "Page 5"),
+        ("ArrowRight", "Page 5"),
+        ("ArrowLeft", "Page 4"),
+        ("Home", "Page 1"),
+    ):
+        browser.key(key)
+        assert state in browser.run(TIP), key
+        assert state in browser.run("document.querySelector('#cell').textContent")  # read out
+    browser.key("Escape")
+    assert browser.run(TIP) == ""
+    assert browser.complaints() == []
+
+
+@needs_browser
+def test_requests_are_listed(browser, make_live):
+    live = make_live(PagedLLM())
+    browser.open(live.base)
+    browser.wait("document.querySelectorAll('#requests tbody tr').length === 3")
+    rows = browser.run(
+        "[...document.querySelectorAll('#requests tbody tr')].map(r => [...r.children].map(c => c.textContent))"
+    )
+    assert rows[0] == ["cmpl-first-0", "running", "40", "7", "2", "1.5 s"]
+    assert rows[2] == ["chatcmpl-third", "waiting", "900", "0", "0", "12.3 s"]
+    live.engine.sequences = []
+    browser.wait("document.querySelectorAll('#requests tbody tr').length === 0")
+    assert (
+        browser.run("document.querySelector('#requests-rest').textContent") == "and 2 more"
+    )  # the fake says that 2 wait
+
+
+@needs_browser
+def test_every_sampling_box_reaches_the_engine(browser, make_live):
+    live = make_live(PagedLLM())
+    browser.open(live.base)
+    browser.wait("document.querySelector('#model').textContent === 'demo'")
+    given = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": -0.5,
+        "max_tokens": 5, "seed": 3,
+    }  # fmt: skip
+    for name, value in given.items():
+        browser.run(f"document.querySelector('#{name}').value = '{value}'")
+    say(browser, "go")
+    browser.wait(f"({SAID} || '').length > 0")
+    _, sampling, _ = live.engine.opened[-1]
+    assert {name: getattr(sampling, name) for name in given} == given
+    assert sampling.logprobs == 5
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    browser.run(f"document.querySelector('#schema').value = {json.dumps(json.dumps(schema))}")
+    say(browser, "again")
+    assert eventually(lambda: len(live.engine.opened) == 2)
+    assert live.engine.opened[-1][1].structured_outputs.json == json.dumps(schema, separators=(",", ":"))
+
+
 @needs_browser
 def test_key_is_asked_for_and_used(browser, make_live):
     live = make_live(PagedLLM(), Settings(api_keys=("secret",)))
@@ -372,6 +487,15 @@ def test_fits_a_phone_and_can_be_read(browser, make_live, dark):
     browser.open(live.base, 360, 740, dark=dark, phone=True)
     browser.wait("document.querySelectorAll('#legend li').length === 4")
     assert browser.run("document.documentElement.scrollWidth") <= 360
+    # A long conversation scrolls in its own box; opened settings push the rest down instead of covering it.
+    long = "Object.assign(document.createElement('pre'), {textContent: 'x\\n'.repeat(200)})"
+    browser.run(f"document.querySelector('#log').append({long})")
+    assert browser.run("document.querySelector('#log').clientHeight") < 740
+    browser.run("document.querySelector('#settings').open = true")
+    settings = "document.querySelector('#settings')"
+    assert browser.run(f"{settings}.scrollHeight <= {settings}.clientHeight")
+    assert browser.run("document.documentElement.scrollWidth") <= 360
+    browser.run("document.querySelector('#settings').open = false; document.querySelector('#log').replaceChildren()")
     # WCAG 2's contrast of text on its background, at least 4.5 (AA).
     names = ["text", "quiet", "bad", "accent"]
     read = "name => getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim()"

@@ -6,6 +6,7 @@ import argparse
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 COMMANDS = {
     "serve": ("quire_server.cli", "serve a model over an OpenAI-compatible HTTP API", "quire-server"),
@@ -48,19 +49,27 @@ def main(argv: list[str] | None = None) -> int:
         print(f"quire {args.command} is in another package: pip install {distribution}", file=sys.stderr)
         return 2
     module = import_module(module_name)
-    parser = argparse.ArgumentParser(prog=f"quire {args.command}", description=text)
-    module.add_arguments(parser)
-    parsed = parser.parse_args(args.arguments)
-    parsed.plugins = tuple(name for name in args.plugins.split(",") if name) if args.plugins is not None else None
     from quire.errors import UserError
 
     try:
+        parsed = _parse(module, f"quire {args.command}", text, args.arguments)
+        parsed.plugins = tuple(name for name in args.plugins.split(",") if name) if args.plugins is not None else None
         return int(module.run(parsed) or 0)
     except UserError as error:
         print(f"quire {args.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _parse(module: ModuleType, prog: str, text: str, argv: list[str]) -> argparse.Namespace:
+    """A command that takes its flags from elsewhere too has a ``parse`` of its own. Raises UserError."""
+    parser = argparse.ArgumentParser(prog=prog, description=text)
+    if hasattr(module, "parse"):
+        parsed: argparse.Namespace = module.parse(parser, argv)
+        return parsed
+    module.add_arguments(parser)
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

@@ -262,7 +262,12 @@ class EngineProcess:
         for request_id, request in list(self._open.items()):
             request.deaths += 1
             if request.deaths >= MAX_DEATHS:
-                logger.error("request %s was open in %d deaths of the engine and is failed", request_id, request.deaths)
+                logger.error(
+                    "request %s was open in %d deaths of the engine and is failed",
+                    request_id,
+                    request.deaths,
+                    extra={"request_id": request_id},
+                )
                 self._fail(request_id, f"{reason}, {request.deaths} times while this request was open")
         self.restarts += 1
         self._end_generation()

@@ -15,7 +15,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from typing import Any
 
 import msgspec
@@ -23,6 +22,7 @@ import zmq
 
 from quire.config import EngineConfig
 from quire.errors import QueueFull, UserError
+from quire.logs import set_up
 from quire.message import (
     AbortRequest,
     AddRequest,
@@ -168,7 +168,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     launch = read_launch()
     watch_parent()
-    logging.basicConfig(level=launch.log_level, format="%(levelname)s %(name)s: %(message)s")
+    set_up(launch.config.log_format, "engine", launch.log_level)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for end in (inbox, outbox):
@@ -193,7 +193,7 @@ def main() -> int:
         server.run()
     except Exception as error:
         if not isinstance(error, UserError):
-            traceback.print_exc()
+            logger.exception("the engine ends: %s", type(error).__name__)
         outbox.send(encode(EngineFailure(str(error) or repr(error), type(error).__name__)))
         return 1
     finally:

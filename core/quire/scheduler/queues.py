@@ -34,6 +34,16 @@ class WaitingQueue:
         """The one that :meth:`peek` has just returned."""
         return heapq.heappop(self._heap)[1]
 
+    def first(self, count: int) -> list[Sequence]:
+        """Up to ``count`` from the head; the queue stays as it is."""
+        heap = self._heap[:]
+        found: list[Sequence] = []
+        while heap and len(found) < count:
+            sequence = heapq.heappop(heap)[1]
+            if sequence.status is not Status.FINISHED:
+                found.append(sequence)
+        return found
+
     def forget(self) -> None:
         """A sequence in the queue has just become FINISHED."""
         self._dead += 1

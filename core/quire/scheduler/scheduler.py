@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
 from copy import copy
@@ -10,12 +12,17 @@ from copy import copy
 from quire.config import CacheConfig, SchedulerConfig
 from quire.errors import QueueFull, RequestRefused
 from quire.kv import check, gauges, page_states
-from quire.message import AddRequest, EngineStats, SampleOutput, StepPlan, StepResult
+from quire.message import STEP_TOKENS, AddRequest, EngineStats, SampleOutput, SequenceState, StepPlan, StepResult
 from quire.scheduler.intake import check_config, check_request
 from quire.scheduler.planner import Planner, Step
 from quire.scheduler.queues import Deadlines
 from quire.scheduler.request import Request, Sequence, Status
 from quire.spec import KVSpec
+
+logger = logging.getLogger("quire.scheduler")
+
+MAX_RUNNING_LISTED = 512  # in the statistics
+MAX_WAITING_LISTED = 32
 
 
 class Scheduler(Planner):
@@ -165,6 +172,8 @@ class Scheduler(Planner):
         stats = self._stats
         stats.steps += 1
         stats.batch_tokens, stats.batch_requests = plan.num_tokens, len(plan.rows)
+        stats.step_sizes[bisect_left(STEP_TOKENS, stats.batch_tokens)] += 1
+        stats.step_tokens += stats.batch_tokens
         stats.last_step = self._clock()
         return self.take_outputs()
 
@@ -224,6 +233,9 @@ class Scheduler(Planner):
                 raise ValueError(f"step {step.plan.step}: error for row {error.row}, which is not in it")
             request = who[error.row].request
             if self.requests.get(request.id) is request:
+                logger.error(
+                    "request %s failed in step %d", request.id, step.plan.step, extra={"request_id": request.id}
+                )
                 self._end(request, "error", error.message)
         self._sweep()
 
@@ -253,7 +265,7 @@ class Scheduler(Planner):
 
     def stats(self, pages: bool = False) -> EngineStats:
         """Counters and gauges, a new object; linear in the number of sequences that were admitted. ``pages`` adds the
-        state of every page (quire.kv.accounts)."""
+        state of every page (quire.kv.accounts) and who holds it."""
         stats = self._stats
         books = gauges(self.blocks)
         slots = sum(g.slots for g in books)
@@ -265,6 +277,22 @@ class Scheduler(Planner):
         stats.pages_cached = sum(g.cached for g in books)
         stats.kv_waste = 1.0 - sum(g.tokens for g in books) / slots if slots else 0.0
         result = copy(stats)
+        result.step_sizes = stats.step_sizes[:]
         if pages:
             result.pages = page_states(self.blocks)
+            listed = self.running[:MAX_RUNNING_LISTED] + self.waiting.first(MAX_WAITING_LISTED)
+            result.sequences = [self._state(sequence) for sequence in listed]
         return result
+
+    def _state(self, sequence: Sequence) -> SequenceState:
+        request, table = sequence.request, sequence.table
+        return SequenceState(
+            request.id,
+            sequence.index,
+            sequence.status.name.lower(),
+            request.prompt_len,
+            len(sequence.tokens) - request.prompt_len,
+            table.length,
+            max(0.0, self._clock() - request.arrival),
+            [pages[first:] for pages, first in zip(table.pages, table.first, strict=True)],
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from quire_server.openai.generation import Job, Sample, StreamUsage
 from quire_server.openai.structure import renamed
 from quire_server.openai.thoughts import Thoughts
 from quire_server.parsers import Choice
+from quire_server.record import response_id
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
 from quire_server.streaming import DONE, EventStream, answer, event
@@ -39,7 +39,7 @@ async def create_chat_completion(request: Request, body: ChatRequest, server: St
     body.check_prompt(server.limits, server.settings.trust_request_chat_template)
     request.state.user = body.user or body.safety_identifier
     head = {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
+        "id": response_id("chatcmpl"),
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
@@ -16,6 +15,7 @@ from quire_server.openai import generation
 from quire_server.openai.completions_schema import CompletionRequest
 from quire_server.openai.generation import Job, PromptLogprobs, Result, StreamUsage
 from quire_server.openai.structure import renamed
+from quire_server.record import response_id
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
 from quire_server.streaming import DONE, EventStream, answer, event
@@ -31,7 +31,7 @@ async def create_completion(request: Request, body: CompletionRequest, server: S
     body.check(server.limits)
     request.state.user = body.user
     head = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
+        "id": response_id("cmpl"),
         "object": "text_completion",
         "created": int(time.time()),
         "model": model,

@@ -46,6 +46,8 @@ async def outputs(
 
 async def _observed(server: Server, fields: GenerationFields, job: Job) -> AsyncGenerator[RequestOutput, None]:
     timer = RequestTimer(server.metrics, job.sampling.n, job.sampling.max_tokens or 0)
+    model = fields.model or server.settings.model_names[0]
+    timer.sent(model, job.request_id, len(job.prompt_token_ids), job.sampling)
     prompt = {"prompt": job.prompt, "prompt_token_ids": job.prompt_token_ids}
     finished = False
     try:

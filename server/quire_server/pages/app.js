@@ -68,7 +68,7 @@ function payload() {
     stream: true,
     stream_options: { include_usage: true },
   };
-  for (const id of ["temperature", "top_p", "max_tokens", "seed"]) {
+  for (const id of NUMBERS) {
     const input = $(id);
     if (!input.checkValidity()) throw new FieldError(id, `${id}: ${input.validationMessage}`);
     if (input.value !== "") body[id] = Number(input.value);
@@ -89,9 +89,10 @@ function showField(id) {
   $(id).focus();
 }
 
-// Which box a refused parameter was filled in.
-const BOXES = { response_format: "schema", tools: "tools", tool_choice: "tools", temperature: "temperature", top_p: "top_p",
-  max_tokens: "max_tokens", seed: "seed", top_logprobs: "logprobs", logprobs: "logprobs" };
+// Boxes by the parameter they fill in, and which box a refused parameter was filled in.
+const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "max_tokens", "seed"];
+const BOXES = { response_format: "schema", tools: "tools", tool_choice: "tools", top_logprobs: "logprobs", logprobs: "logprobs",
+  ...Object.fromEntries(NUMBERS.map((id) => [id, id])) };
 
 // -- an answer ----------------------------------------------------------------------------------------------------
 class Answer {

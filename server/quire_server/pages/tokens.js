@@ -1,18 +1,12 @@
 // An answer's tokens, each with its probability and what else was likely: by pointer, by touch or with the arrow keys.
-
-const tip = document.createElement("div");
-tip.id = "tip";
-tip.setAttribute("role", "tooltip");
-tip.hidden = true;
-document.body.append(tip);
-addEventListener("scroll", () => { tip.hidden = true; }, true);
+import { hideTip, showTip } from "./tip.js";
 
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(logprob < -4.6 ? 2 : 1)} %`;
 const shown = (token) => JSON.stringify(token).slice(1, -1).replaceAll(" ", "␣");
 
 function show(node, entry) {
   const rows = entry.top_logprobs.some((other) => other.token === entry.token) ? entry.top_logprobs : [entry, ...entry.top_logprobs];
-  tip.replaceChildren(...rows.map((row) => {
+  showTip(rows.map((row) => {
     const line = document.createElement("div");
     line.className = row.token === entry.token ? "chosen" : "";
     line.textContent = `${percent(row.logprob).padStart(8)}  ${shown(row.token)}`;
@@ -21,12 +15,7 @@ function show(node, entry) {
     bar.style.width = `${100 * Math.exp(row.logprob)}%`;
     line.append(bar);
     return line;
-  }));
-  tip.hidden = false;
-  const box = node.getBoundingClientRect();
-  tip.style.left = `${Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 8))}px`;
-  const below = box.bottom + 6;
-  tip.style.top = `${below + tip.offsetHeight < innerHeight ? below : Math.max(4, box.top - tip.offsetHeight - 6)}px`;
+  }), node);
 }
 
 // entries: logprobs.content of the API.
@@ -44,7 +33,7 @@ export function tokenView(entries) {
     node.setAttribute("role", "note");
     node.setAttribute("aria-label", `${shown(entry.token)}, ${percent(entry.logprob)}`);
     for (const kind of ["mouseenter", "focus", "click"]) node.addEventListener(kind, () => show(node, entry));
-    for (const kind of ["mouseleave", "blur"]) node.addEventListener(kind, () => { tip.hidden = true; });
+    for (const kind of ["mouseleave", "blur"]) node.addEventListener(kind, hideTip);
     view.append(node);
   });
   view.addEventListener("keydown", (event) => {

@@ -1,10 +1,12 @@
-// The engine: numbers, the page map and plots, all from /engine/stream.
+// The engine: numbers, the page map, requests and plots, all from /engine/stream.
 import { events } from "./api.js";
+import { colour, compact, number, surface } from "./canvas.js";
+import { drawMap } from "./pagemap.js";
+import { drawRequests } from "./requests.js";
 
 const $ = (id) => document.getElementById(id);
 const KEEP = 120; // points of a plot: a minute
 const WINDOW = 20; // updates over which latencies are taken
-const STATES = [["free", "1"], ["cached", "2"], ["owned", "3"], ["shared", "4"]];
 const history = [];
 let last = null;
 
@@ -14,9 +16,6 @@ export async function watch(signal) {
   for await (const view of events("engine/stream", { signal })) take(view);
 }
 
-const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
-const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
-const number = (value) => value < 10 && value % 1 ? value.toFixed(1) : grouped.format(value);
 const milliseconds = (seconds) => seconds === null ? "–" : seconds < 0.01 ? `${(1000 * seconds).toFixed(1)} ms` : `${Math.round(1000 * seconds)} ms`;
 
 function take(view) {
@@ -67,7 +66,8 @@ function draw() {
   const point = history.at(-1);
   if (!point || document.hidden) return;
   numbers(point);
-  pageMap(point.view.page_map);
+  drawRequests(point.view);
+  drawMap(point.view);
   plot("rate", [["generated", "owned", (p) => p.out], ["prompt", "second", (p) => p.read]]);
   plot("batch", [["generated", "owned", (p) => p.stepOut], ["prompt", "second", (p) => p.stepRead]], { stacked: true });
   plot("queue", [["running", "owned", (p) => p.view.running], ["waiting", "second", (p) => p.view.waiting]]);
@@ -99,67 +99,6 @@ function numbers({ view, out, ttft, itl }) {
   });
 }
 
-// A canvas' context in CSS pixels, cleared; the height is ours, the width the layout's.
-function surface(canvas, height) {
-  const scale = devicePixelRatio || 1, width = canvas.clientWidth;
-  canvas.style.height = `${height}px`;
-  if (canvas.width !== Math.round(width * scale) || canvas.height !== Math.round(height * scale)) {
-    canvas.width = Math.round(width * scale);
-    canvas.height = Math.round(height * scale);
-  }
-  const context = canvas.getContext("2d");
-  context.setTransform(scale, 0, 0, scale, 0, 0);
-  context.clearRect(0, 0, width, height);
-  return [context, width];
-}
-
-let grid = { groups: [], columns: 1, size: 1, tops: [] };
-
-function pageMap(groups) {
-  const canvas = $("pages"), width = canvas.clientWidth;
-  const cells = groups.reduce((sum, group) => sum + group.cells.length, 0);
-  const size = Math.max(5, Math.min(16, Math.floor(Math.sqrt(width * 240 / Math.max(cells, 1)))));
-  const columns = Math.max(1, Math.floor(width / size));
-  const tops = [];
-  let height = 0;
-  for (const group of groups) {
-    tops.push(height);
-    height += Math.ceil(group.cells.length / columns) * size + 6;
-  }
-  const [context] = surface(canvas, Math.max(height, size));
-  grid = { groups, columns, size, tops };
-  const colours = Object.fromEntries(STATES.map(([name, digit]) => [digit, colour(name)]));
-  groups.forEach((group, g) => {
-    for (let i = 0; i < group.cells.length; i++) {
-      context.fillStyle = colours[group.cells[i]];
-      context.fillRect((i % columns) * size, tops[g] + Math.floor(i / columns) * size, size - 1, size - 1);
-    }
-  });
-  const sums = STATES.map(([name]) => [name, groups.reduce((sum, group) => sum + group[name], 0)]);
-  canvas.setAttribute("aria-label", `Map of the KV cache pages: ${sums.map(([name, n]) => `${n} ${name}`).join(", ")}`);
-  $("legend").replaceChildren(...sums.map(([name, n]) => {
-    const item = document.createElement("li"), swatch = document.createElement("span");
-    swatch.className = `swatch ${name}`;
-    item.append(swatch, `${name} ${grouped.format(n)}`);
-    return item;
-  }));
-}
-
-$("pages").addEventListener("mousemove", (event) => {
-  const { groups, columns, size, tops } = grid;
-  for (let g = groups.length - 1; g >= 0; g--) {
-    if (event.offsetY < tops[g]) continue;
-    const column = Math.floor(event.offsetX / size);
-    const i = Math.floor((event.offsetY - tops[g]) / size) * columns + column;
-    const group = groups[g], state = STATES.find(([, digit]) => digit === group.cells[i]);
-    const first = i * group.pages_per_cell + 1, end = Math.min(first + group.pages_per_cell - 1, group.pages);
-    const where = `${groups.length > 1 ? `group ${g}, ` : ""}${first === end ? `page ${first}` : `pages ${first} to ${end}, mostly`}`;
-    $("cell").textContent = state && column < columns ? `${where}: ${state[0]}` : "";
-    return;
-  }
-});
-$("pages").addEventListener("mouseleave", () => { $("cell").textContent = ""; });
-
 function ceiling(value) {
   const base = 10 ** Math.floor(Math.log10(Math.max(value, 1e-3)));
   return [1, 2, 5, 10].map((step) => step * base).find((top) => top >= value * 0.9999) || value;
@@ -180,7 +119,7 @@ function plot(id, series, { stacked = false } = {}) {
   context.strokeStyle = colour("line");
   context.textAlign = "right";
   for (const mark of [0, top / 2, top]) {
-    context.fillText(number(mark), left - 6, y(mark));
+    context.fillText(compact(mark), left - 6, y(mark));
     context.beginPath();
     context.moveTo(left, y(mark));
     context.lineTo(width, y(mark));
