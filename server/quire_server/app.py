@@ -6,10 +6,11 @@ from fastapi import FastAPI
 
 from quire import __version__
 from quire_server import engine_view, errors, health, tokenize
-from quire_server.auth import ApiKeys, AuthMiddleware
+from quire_server.auth import AuthMiddleware
 from quire_server.lifecycle import GateMiddleware
 from quire_server.middleware import BodyLimitMiddleware, EnvelopeMiddleware
 from quire_server.openai import chat, completions, models
+from quire_server.rate_limits import RateLimitMiddleware
 from quire_server.state import Server
 
 
@@ -31,6 +32,13 @@ def create_app(server: Server) -> FastAPI:
     # Added from the innermost to the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_bytes, timeout=limits.body_timeout)
     app.add_middleware(GateMiddleware, lifecycle=server.lifecycle)
-    app.add_middleware(AuthMiddleware, keys=ApiKeys(server.settings.api_keys))
-    app.add_middleware(EnvelopeMiddleware, access_log=server.settings.access_log)
+    settings = server.settings
+    app.add_middleware(
+        RateLimitMiddleware,
+        metrics=server.metrics,
+        per_minute=settings.max_requests_per_minute_per_key,
+        at_once=settings.max_concurrent_requests_per_key,
+    )
+    app.add_middleware(AuthMiddleware, keys=server.keys, metrics=server.metrics)
+    app.add_middleware(EnvelopeMiddleware, access_log=settings.access_log)
     return app

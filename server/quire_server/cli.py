@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quire.cli.engine_args import add_engine_arguments, engine_config
+from quire_server.keys import API_KEY_VARIABLE, add_key_arguments, keys_from
 
 if TYPE_CHECKING:
     from quire_server.state import Server, Settings
 
 HELP = "serve a model over an OpenAI-compatible HTTP API"
-API_KEY_VARIABLE = "QUIRE_API_KEY"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +29,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for every interface"
     )
     group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s); 0 for any free one")
-    group.add_argument(
-        "--api-key",
-        action="append",
-        metavar="KEY",
-        help=f"a key that requests must carry; give it again for more (default: the variable {API_KEY_VARIABLE})",
-    )
     group.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help="names of the model in the API (MODEL's last part)"
     )
@@ -76,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["critical", "error", "warning", "info", "debug"],
         help="what the HTTP layer itself logs (%(default)s)",
     )
+    add_key_arguments(parser)
     add_limit_arguments(parser)
     add_engine_arguments(parser)
 
@@ -116,10 +110,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     from quire_server.parsers import NONE, Parsers
     from quire_server.state import Settings
 
-    variable = os.environ.get(API_KEY_VARIABLE)
-    keys = args.api_key if args.api_key is not None else [variable] if variable else []
-    if any(not key.strip() for key in keys):
-        raise ConfigError("--api-key: a key must not be empty")
     template = None
     if args.chat_template is not None:
         try:
@@ -128,7 +118,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             raise ConfigError(f"--chat-template {args.chat_template}: {error}") from None
     return Settings(
         model_names=tuple(args.served_model_name or [default_name(args.model)]),
-        api_keys=tuple(keys),
+        **keys_from(args),
         limits=limits_from(args),
         response_role=args.response_role,
         chat_template=template,
@@ -155,7 +145,7 @@ def address(listener: socket.socket, host: str) -> str:
 def banner(server: Server, base: str) -> str:
     """Where it serves, and two ways to try it that work when pasted."""
     model = server.settings.model_names[0]
-    guarded = bool(server.settings.api_keys)
+    guarded = bool(server.keys)
     report = server.engine.info.report
     if server.text.template() is not None:
         route, body = (

@@ -60,8 +60,11 @@ class EnvelopeMiddleware:
         finally:
             if self.access_log:
                 milliseconds = (time.monotonic() - began) * 1000
-                user = scope["state"].get("user")
-                who = f" user={_printable(user)}" if user else ""
+                who = "".join(
+                    f" {name}={_printable(scope['state'][field])}"
+                    for name, field in (("key", "key_name"), ("user", "user"))
+                    if scope["state"].get(field)
+                )
                 path = _printable(scope["path"])
                 access_logger.info(
                     "%s %s %d %.1fms %s%s", scope["method"], path, status or 499, milliseconds, request_id, who

@@ -82,7 +82,7 @@ async def serve(
             timeout_graceful_shutdown=5,
         )
     )
-    stop = _Stopper(server.lifecycle, http, asked)
+    stop = _Stopper(server, http, asked)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     starting = asyncio.create_task(engine.start())
     signalled = asyncio.create_task(stop.asked.wait())
@@ -115,14 +115,19 @@ async def serve(
 
 
 class _Stopper:
-    """SIGTERM or SIGINT asks to drain; another one ends what is in flight at once."""
+    """SIGTERM or SIGINT asks to drain; another one ends what is in flight at once. SIGHUP reads the keys again."""
 
-    def __init__(self, lifecycle: Lifecycle, http: uvicorn.Server, asked: asyncio.Event | None) -> None:
-        self.lifecycle, self.http = lifecycle, http
+    def __init__(self, server: Server, http: uvicorn.Server, asked: asyncio.Event | None) -> None:
+        self.lifecycle, self.http = server.lifecycle, http
         self.asked = asked if asked is not None else asyncio.Event()
-        self._signals = (signal.SIGTERM, signal.SIGINT) if asked is None else ()
-        for number in self._signals:
-            asyncio.get_running_loop().add_signal_handler(number, self.signalled)
+        handlers: dict[int, Callable[[], None]] = {}
+        if asked is None:
+            handlers = {signal.SIGTERM: self.signalled, signal.SIGINT: self.signalled}
+            if hasattr(signal, "SIGHUP") and server.settings.api_key_file is not None:
+                handlers[signal.SIGHUP] = server.keys.reload
+        for number, handler in handlers.items():
+            asyncio.get_running_loop().add_signal_handler(number, handler)
+        self._signals = tuple(handlers)
 
     def uninstall(self) -> None:
         for number in self._signals:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -11,6 +14,7 @@ from fastapi import Request
 from quire import __version__
 from quire_server.engine import EngineClient
 from quire_server.errors import ApiError, refuse
+from quire_server.keys import ApiKeys, current_key
 from quire_server.lifecycle import Lifecycle
 from quire_server.limits import Limits
 from quire_server.metrics import Metrics
@@ -24,6 +28,10 @@ class Settings:
 
     model_names: tuple[str, ...] = ("demo",)  # the first is what answers carry
     api_keys: tuple[str, ...] = ()
+    api_key_file: Path | None = None
+    max_requests_per_minute_per_key: int | None = None
+    max_concurrent_requests_per_key: int | None = None
+    isolate_cache: bool = False
     limits: Limits = field(default_factory=Limits)
     response_role: str = "assistant"
     chat_template: str | None = None  # instead of the checkpoint's
@@ -41,6 +49,8 @@ class Server:
 
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.settings.model_names[0])
+        self.keys = ApiKeys(self.settings.api_keys, self.settings.api_key_file)
+        self._cache_secret = secrets.token_bytes(32)
         self._text: Text | None = None
         self.created = int(time.time())
         self.fingerprint = f"quire-{__version__}"
@@ -55,6 +65,15 @@ class Server:
         if self._text is None:
             self._text = Text(self.engine.text, self.settings.chat_template)
         return self._text
+
+    def cache_salt(self, given: str | None) -> str | None:
+        """What a request's prefix cache is separated by: what it gave itself and, with --isolate-cache, its API key."""
+        key = current_key.get()
+        if not self.settings.isolate_cache or key is None:
+            return given
+        # A keyed hash, so that nobody who knows or guesses a key can name its part of the cache.
+        tenant = blake2b(key.digest, digest_size=16, key=self._cache_secret).hexdigest()
+        return tenant if given is None else f"{tenant}:{given}"
 
     def model(self, name: str | None) -> str:
         """The name an answer carries. Raises 404 for a model that is not served."""

@@ -51,7 +51,7 @@ async def _observed(server: Server, fields: GenerationFields, job: Job) -> Async
             job.request_id,
             priority=fields.priority,
             deadline=fields.deadline,
-            cache_salt=fields.cache_salt,
+            cache_salt=server.cache_salt(fields.cache_salt),
         )
         async with aclosing(source) as items:  # type: ignore[type-var]
             async for item in items:
