@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from quire.cli.engine_args import add_engine_arguments, engine_config
 from quire_server.keys import API_KEY_VARIABLE, add_key_arguments, keys_from
+from quire_server.network import add_network_arguments, allow_open_files, network_from
 
 if TYPE_CHECKING:
     from quire_server.state import Server, Settings
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the HTTP layer itself logs (%(default)s)",
     )
     add_key_arguments(parser)
+    add_network_arguments(parser)
     add_limit_arguments(parser)
     add_engine_arguments(parser)
 
@@ -84,16 +86,20 @@ def run(args: argparse.Namespace) -> int:
     config = engine_config(args)
     if getattr(config, "skip_tokenizer_init", False):
         raise ConfigError("skip_tokenizer_init: a server speaks text, so it needs the tokenizer")
+    network = settings.network
+    allow_open_files(network.max_connections)
     listener = bind(args.host, args.port)
+    metrics = bind(network.metrics_host, network.metrics_port) if network.metrics_port is not None else None
     from quire.engine.async_llm import AsyncLLM
 
     work = serve(
         AsyncLLM(config, settings.limits.of_engine()),
         settings,
         listener,
+        metrics_listener=metrics,
         drain_timeout=args.drain_timeout,
         log_level=args.uvicorn_log_level,
-        on_ready=lambda server: print(banner(server, address(listener, args.host)), flush=True),
+        on_ready=lambda server: print(banner(server, address(listener, args.host, network.scheme)), flush=True),
     )
     try:
         import uvloop
@@ -120,6 +126,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         model_names=tuple(args.served_model_name or [default_name(args.model)]),
         **keys_from(args),
         limits=limits_from(args),
+        network=network_from(args),
         response_role=args.response_role,
         chat_template=template,
         parsers=Parsers(
@@ -136,10 +143,10 @@ def default_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def address(listener: socket.socket, host: str) -> str:
+def address(listener: socket.socket, host: str, scheme: str = "http") -> str:
     """The base address as one types it on this machine."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    return f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
+    return f"{scheme}://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
 
 
 def banner(server: Server, base: str) -> str:

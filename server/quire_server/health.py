@@ -15,6 +15,7 @@ from quire_server.errors import ApiError, json_response
 from quire_server.state import Server, server_of
 
 router = APIRouter(tags=["operation"])
+metrics_router = APIRouter(tags=["operation"])  # may have a port of its own
 State = Annotated[Server, Depends(server_of)]
 
 
@@ -52,7 +53,7 @@ async def load(server: State) -> Response:
     return json_response({"server_load": server.lifecycle.in_flight})
 
 
-@router.get("/metrics")
+@metrics_router.get("/metrics")
 async def metrics(server: State) -> Response:
     """Prometheus' text format. It answers without the engine too, and then says that the engine did not."""
     stats, info = None, None

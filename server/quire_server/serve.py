@@ -8,12 +8,14 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import uvicorn
+from fastapi import FastAPI
 
 from quire.errors import EngineDead, UserError
-from quire_server.app import create_app
+from quire_server.app import create_app, create_metrics_app
+from quire_server.connection import connection_for
 from quire_server.engine import EngineClient
 from quire_server.lifecycle import Lifecycle
 from quire_server.state import Server, Settings
@@ -57,6 +59,7 @@ async def serve(
     settings: Settings,
     listener: socket.socket,
     *,
+    metrics_listener: socket.socket | None = None,
     drain_timeout: float = 60.0,
     log_level: str = "warning",
     on_ready: Callable[[Server], None] | None = None,
@@ -64,26 +67,19 @@ async def serve(
 ) -> int:
     """Serve until a signal, or until the engine turns out not to start. Returns the exit status.
 
-    ``/health`` answers (503) from the beginning; ``on_ready`` is called once requests are served. With ``asked``, which
+    ``/health`` answers (503) from the beginning; ``on_ready`` is called once requests are served. ``metrics_listener`` is
+    where /metrics is when ``settings`` give it a port of its own. With ``asked``, which
     asks to drain when it is set, signals are left alone: only the main thread can have them.
     """
     server = Server(engine, settings, Lifecycle("loading"))
-    http = _Uvicorn(
-        uvicorn.Config(
-            create_app(server),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_level=log_level,
-            log_config=None,
-            access_log=False,  # EnvelopeMiddleware writes the line, with the request's id
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
-        )
-    )
+    http = [_http(create_app(server), settings, log_level)]
+    sockets = [listener]
+    if metrics_listener is not None:
+        http.append(_http(create_metrics_app(server), settings, log_level))
+        sockets.append(metrics_listener)
     stop = _Stopper(server, http, asked)
-    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    served = (one.serve(sockets=[each]) for one, each in zip(http, sockets, strict=True))
+    serving = asyncio.ensure_future(asyncio.gather(*served))
     starting = asyncio.create_task(engine.start())
     signalled = asyncio.create_task(stop.asked.wait())
     status = 0
@@ -107,17 +103,36 @@ async def serve(
     finally:
         starting.cancel()
         signalled.cancel()
-        http.should_exit = True
+        for one in http:
+            one.should_exit = True
         await asyncio.gather(starting, signalled, serving, return_exceptions=True)
         await engine.shutdown()
         stop.uninstall()
     return status
 
 
+def _http(app: FastAPI, settings: Settings, log_level: str) -> _Uvicorn:
+    return _Uvicorn(
+        uvicorn.Config(
+            app,
+            http=connection_for(settings.network),
+            ws="none",
+            lifespan="off",
+            log_level=log_level,
+            log_config=None,
+            access_log=False,  # EnvelopeMiddleware writes the line, with the request's id
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,
+            **settings.network.uvicorn(),
+        )
+    )
+
+
 class _Stopper:
     """SIGTERM or SIGINT asks to drain; another one ends what is in flight at once. SIGHUP reads the keys again."""
 
-    def __init__(self, server: Server, http: uvicorn.Server, asked: asyncio.Event | None) -> None:
+    def __init__(self, server: Server, http: Sequence[uvicorn.Server], asked: asyncio.Event | None) -> None:
         self.lifecycle, self.http = server.lifecycle, http
         self.asked = asked if asked is not None else asyncio.Event()
         handlers: dict[int, Callable[[], None]] = {}
@@ -137,5 +152,6 @@ class _Stopper:
         if not self.asked.is_set():
             self.asked.set()
             return
-        self.http.should_exit = self.http.force_exit = True
+        for one in self.http:
+            one.should_exit = one.force_exit = True
         self.lifecycle.stop()

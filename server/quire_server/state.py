@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from quire_server.keys import ApiKeys, current_key
 from quire_server.lifecycle import Lifecycle
 from quire_server.limits import Limits
 from quire_server.metrics import Metrics
+from quire_server.network import Network
 from quire_server.parsers import Parsers
 from quire_server.text import Text
 
@@ -33,6 +34,7 @@ class Settings:
     max_concurrent_requests_per_key: int | None = None
     isolate_cache: bool = False
     limits: Limits = field(default_factory=Limits)
+    network: Network = field(default_factory=Network)
     response_role: str = "assistant"
     chat_template: str | None = None  # instead of the checkpoint's
     parsers: Parsers = field(default_factory=Parsers)
@@ -50,6 +52,7 @@ class Server:
     def __post_init__(self) -> None:
         self.metrics = Metrics(self.settings.model_names[0])
         self.keys = ApiKeys(self.settings.api_keys, self.settings.api_key_file)
+        self.settings = replace(self.settings, api_keys=())  # only their hashes stay
         self._cache_secret = secrets.token_bytes(32)
         self._text: Text | None = None
         self.created = int(time.time())
