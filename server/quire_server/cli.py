@@ -63,6 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--health-timeout", type=float, default=5.0, help="seconds in which the engine must answer (%(default)s)"
     )
+    group.add_argument(
+        "--log-requests",
+        "--enable-log-requests",
+        action="store_true",
+        help="log what is asked, prompts included (off: no log holds anything of a prompt or an answer)",
+    )
+    group.add_argument(
+        "--max-log-len", type=int, default=1000, help="characters or token ids of a prompt in the log (%(default)s)"
+    )
     group.add_argument("--disable-access-log", action="store_true", help="no log line for each request")
     group.add_argument(
         "--uvicorn-log-level",
@@ -135,6 +144,8 @@ def _settings(args: argparse.Namespace) -> Settings:
         trust_request_chat_template=args.trust_request_chat_template,
         health_timeout=args.health_timeout,
         access_log=not args.disable_access_log,
+        log_requests=args.log_requests,
+        max_log_len=max(args.max_log_len, 0),
     )
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
@@ -19,8 +22,11 @@ from quire_server.lifecycle import Lifecycle
 from quire_server.limits import Limits
 from quire_server.metrics import Metrics
 from quire_server.network import Network
+from quire_server.openai.base import LONG
 from quire_server.parsers import Parsers
 from quire_server.text import Text
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Settings:
     trust_request_chat_template: bool = False
     health_timeout: float = 5.0
     access_log: bool = True
+    log_requests: bool = False
+    max_log_len: int = 1000
 
 
 @dataclass
@@ -53,6 +61,7 @@ class Server:
         self.metrics = Metrics(self.settings.model_names[0])
         self.keys = ApiKeys(self.settings.api_keys, self.settings.api_key_file)
         self.settings = replace(self.settings, api_keys=())  # only their hashes stay
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="request")
         self._cache_secret = secrets.token_bytes(32)
         self._text: Text | None = None
         self.created = int(time.time())
@@ -66,8 +75,14 @@ class Server:
     def text(self) -> Text:
         """Tokenizer and chat template; there once the engine has started."""
         if self._text is None:
-            self._text = Text(self.engine.text, self.settings.chat_template)
+            self._text = Text(self.engine.text, self.settings.chat_template, self.run)
         return self._text
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """``work`` on something of this size: what takes milliseconds is done off the event loop."""
+        if size < LONG:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def cache_salt(self, given: str | None) -> str | None:
         """What a request's prefix cache is separated by: what it gave itself and, with --isolate-cache, its API key."""
