@@ -6,11 +6,13 @@ import hashlib
 import logging
 import re
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from conftest import eventually
 from demo_server import DemoServer
@@ -208,24 +210,60 @@ def test_salts_are_of_the_key_and_of_the_request(make_live, file, isolate):
         assert alice == bob == [None] * 3 + ["a"] * 3 + ["b"] * 3
 
 
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """The whole server, with keys and a cache for each."""
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    path.write_text(f"alice:{ALICE}\nbob:{sha256(BOB)}\n")
+    path.chmod(0o600)
+    server = DemoServer("--api-key-file", str(path), "--isolate-cache")
+    yield server
+    assert server.close() == 0, server.log
+
+
 @pytest.mark.slow
-def test_second_key_gets_none_of_what_the_first_has_cached(file):
-    server = DemoServer("--api-key-file", str(file), "--isolate-cache")
-    try:
-        prompt = " ".join(f"word{i}" for i in range(60))
+def test_second_key_gets_none_of_what_the_first_has_cached(guarded):
+    prompt = " ".join(f"word{i}" for i in range(60))
 
-        def cached(key: str, salt: str | None = None) -> int:
-            client = server.client().with_options(api_key=key)
-            done = client.completions.create(model="demo", prompt=prompt, max_tokens=1, extra_body={"cache_salt": salt})
-            return done.usage.prompt_tokens_details.cached_tokens
+    def cached(key: str, salt: str | None = None) -> int:
+        client = guarded.client().with_options(api_key=key)
+        done = client.completions.create(model="demo", prompt=prompt, max_tokens=1, extra_body={"cache_salt": salt})
+        return done.usage.prompt_tokens_details.cached_tokens
 
-        assert cached(ALICE) == 0
-        assert cached(ALICE) > 50
-        assert cached(BOB) == 0
-        assert cached(BOB) > 50
-        assert cached(ALICE, "mine") == 0
-        assert cached(ALICE, "mine") > 50
-        assert cached(BOB, "mine") == 0
-    finally:
-        assert server.close() == 0, server.log
-    assert not re.search("word1|secret-key", server.log)
+    assert cached(ALICE) == 0
+    assert cached(ALICE) > 50
+    assert cached(BOB) == 0
+    assert cached(BOB) > 50
+    assert cached(ALICE, "mine") == 0
+    assert cached(ALICE, "mine") > 50
+    assert cached(BOB, "mine") == 0
+
+
+@pytest.mark.slow
+def test_only_the_http_port_listens_and_only_here(guarded):
+    """What the processes say to each other goes over sockets in a folder that is this user's alone."""
+    own = psutil.Process(guarded.process.pid)
+    processes = [own, *own.children(recursive=True)]
+    listening = [c for p in processes for c in p.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+    assert [(c.laddr.ip, c.laddr.port) for c in listening] == [("127.0.0.1", int(guarded.base.rpartition(":")[2]))]
+    paths = {Path(c.laddr) for p in processes for c in p.net_connections("unix") if str(c.laddr).startswith("/")}
+    folders = {path.parent for path in paths if "quire-" in str(path)}
+    assert folders
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+
+
+@pytest.mark.slow
+def test_neither_process_logs_a_prompt_or_a_key(guarded):
+    marker = "xyzzy-marker"
+    extra = [{}, {"stream": True}, {"max_tokens": 10**6}, {"seed": marker}, {marker: 1}, {"logit_bias": {"1000000": 1}},
+             {"structured_outputs": {"regex": f"{marker}("}}, {"bad_words": [marker]}, {"stop": [marker]}]  # fmt: skip
+    with httpx.Client(base_url=guarded.base, headers=header(ALICE), timeout=60) as http:
+        statuses = {http.post("/v1/completions", json={"prompt": marker, **fields}).status_code for fields in extra}
+        assert statuses == {200, 400}
+        http.get("/v1/models", headers=header(marker))
+        with http.stream(
+            "POST", "/v1/completions", json={"prompt": marker, "stream": True, "max_tokens": 500}
+        ) as stream:
+            next(stream.iter_lines())
+    assert eventually(lambda: "key=alice" in guarded.log)
+    assert not re.search(f"{marker}|{ALICE}|{BOB}|{sha256(BOB)}", guarded.log + guarded.printed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -9,20 +10,25 @@ import shutil
 import socket
 import ssl
 import subprocess
+from pathlib import Path
 
 import httpx
 import pytest
 from conftest import Live, eventually
+from demo_server import checkpoint
 from test_broken_clients import Client
 from test_command import parse
 
-from quire.errors import ConfigError
+from quire.errors import ConfigError, ModelError
+from quire.models.config import read_config
+from quire.text.checkpoint import TextFiles
 from quire_server import cli
 from quire_server.network import LOOPBACK_NAMES, Network, host_allowed
 from quire_server.serve import bind
 from quire_server.state import Settings
 
 PAGE = "https://page.example"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # -- hosts -----------------------------------------------------------------------------------------------------------
@@ -79,6 +85,62 @@ def test_no_header_changes_which_route_needs_a_key(make_live, host):
     with Client(live.port) as one:
         head = f"GET /v1/models HTTP/1.1\r\nHost: {host}\r\nX-Forwarded-Host: /health\r\nX-Original-URL: /health\r\n"
         assert one.send(f"{head}Connection: close\r\n\r\n".encode()).response()[0] == 401
+
+
+# -- what a request cannot bring ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt_embeds", "gASVBAAAAAAAAABLAS4="), ("logits_processors", ["os.system"]), ("mm_processor_kwargs", {}),
+        ("media_io_kwargs", {}), ("kv_transfer_params", {}), ("guided_decoding_backend", "outlines"),
+        ("lora_path", "/x"), ("chat_template", "{{ 1 }}"), ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}),
+        ("chat_template_kwargs", {"tokenize": True}), ("chat_template_kwargs", {"messages": []}),
+    ],
+)  # fmt: skip
+def test_neither_code_nor_tensors_nor_templates(live, http, field, value):
+    before = len(live.engine.opened)
+    message = {"messages": [{"role": "user", "content": "x"}], field: value}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        refused = http.post(path, json=message)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+    assert http.post("/v1/completions", json={"prompt": "x", field: value}).json()["error"]["param"] == field
+    assert len(live.engine.opened) == before
+
+
+@pytest.mark.parametrize("kind", ["image_url", "audio_url", "video_url", "input_audio", "file"])
+def test_no_url_is_fetched(live, http, kind):
+    with bind("127.0.0.1", 0) as trap:
+        trap.listen()
+        trap.settimeout(0.3)
+        url = f"http://127.0.0.1:{trap.getsockname()[1]}/"
+        part = {"type": kind, kind: {"url": url}}
+        body = {"messages": [{"role": "user", "content": [part]}]}
+        assert http.post("/v1/chat/completions", json=body).status_code == 400
+        with pytest.raises(TimeoutError):
+            trap.accept()
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_code_in_a_checkpoint_is_never_run(tmp_path, has_tokenizer):
+    """Hugging Face's auto_map names Python files of the checkpoint; nothing here looks at it."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(), folder)
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        settings["auto_map"] = {f"Auto{kind}": "evil.Evil" for kind in ("Config", "Model", "ModelForCausalLM")}
+        settings["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+        settings["tokenizer_class"] = "Evil"
+        (folder / name).write_text(json.dumps(settings))
+    if not has_tokenizer:
+        (folder / "tokenizer.json").unlink()
+    read_config(folder)
+    with contextlib.nullcontext() if has_tokenizer else pytest.raises(ModelError):
+        assert TextFiles(folder).tokenizer.encode("x")
+    assert not ran.exists()
+    for path in [*(ROOT / "core").rglob("*.py"), *(ROOT / "server").rglob("*.py"), *(ROOT / "plugins").rglob("*.py")]:
+        assert not re.search("trust_remote_code=True|spec_from_file_location", path.read_text()), path
 
 
 # -- other origins ---------------------------------------------------------------------------------------------------
