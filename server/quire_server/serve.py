@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -79,18 +80,19 @@ async def serve(
         sockets.append(metrics_listener)
     stop = _Stopper(server, http, asked)
     served = (one.serve(sockets=[each]) for one, each in zip(http, sockets, strict=True))
-    serving = asyncio.ensure_future(asyncio.gather(*served))
+    serving: asyncio.Future[Any] = asyncio.gather(*served)
     starting = asyncio.create_task(engine.start())
     signalled = asyncio.create_task(stop.asked.wait())
     status = 0
     try:
-        await asyncio.wait({starting, serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {starting, serving, signalled}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             server.lifecycle.state = "serving"
             if on_ready is not None:
                 on_ready(server)
-            await asyncio.wait({serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends - {starting}, return_when=asyncio.FIRST_COMPLETED)
             logger.info("draining: %d requests in flight", server.lifecycle.in_flight)
             if not await server.lifecycle.drain(drain_timeout):
                 logger.warning(

@@ -25,7 +25,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -268,7 +268,8 @@ class _Counted(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        left, result = node.expr, None
+        left: nodes.Expr = node.expr
+        result: Any = None
         for operand in node.ops:
             this: Any = _asked("compare", [nodes.Const(operand.op), left, operand.expr], node.lineno)
             result = this if result is None else nodes.And(result, this, lineno=node.lineno)
@@ -337,14 +338,17 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         for name, function in list(self.filters.items()):
             self.filters[name] = _guarded_filter(name, function)
-        self.tests = {name: _guarded_test(function) for name, function in self.tests.items()}
+        self.tests = {name: _guarded_test(cast(Any, function)) for name, function in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= {
             "dict": _dict, "namespace": _Namespace,
             "raise_exception": _raise_exception, "strftime_now": _strftime_now,
         }  # fmt: skip
 
-    tick, compare, made, hashable = map(staticmethod, (tick, compare, made, hashable))
+    tick = staticmethod(tick)
+    compare = staticmethod(compare)
+    made = staticmethod(made)
+    hashable = staticmethod(hashable)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         return attr not in UNSAFE_METHODS and super().is_safe_attribute(obj, attr, value)
