@@ -16,6 +16,7 @@ from starlette.types import Message, Scope
 from quire.errors import EngineDead
 from quire_server.batch_lines import Line
 from quire_server.errors import refuse, unforeseen
+from quire_server.keys import current_key
 from quire_server.openai import generation
 from quire_server.state import Server
 
@@ -107,6 +108,8 @@ class Caller:
                 parts.append(message.get("body", b""))
 
         generation.least_priority.set(PRIORITY)  # of this task, which runs one line
+        if owner is not None:
+            current_key.set(self.server.keys.named(owner))
         try:
             await self._app(scope, receive, send)
         except Exception as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import socket
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -14,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from quire.cli.engine_args import add_engine_arguments, engine_config
 from quire.logs import LOG_FORMATS
+from quire_server.keys import API_KEY_VARIABLE, add_key_arguments, keys_from
 from quire_server.limits import add_limit_arguments, limits_from
+from quire_server.network import add_network_arguments, allow_open_files, network_from
 
 if TYPE_CHECKING:
     from quire_server.state import Server, Settings
 
 HELP = "serve a model over an OpenAI-compatible HTTP API"
-API_KEY_VARIABLE = "QUIRE_API_KEY"
 logger = logging.getLogger("quire.server")
 
 
@@ -42,12 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--host", default="127.0.0.1", help="address to listen on (%(default)s); 0.0.0.0 for every interface"
     )
     group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s); 0 for any free one")
-    group.add_argument(
-        "--api-key",
-        action="append",
-        metavar="KEY",
-        help=f"a key that requests must carry; give it again for more (default: the variable {API_KEY_VARIABLE})",
-    )
     add_answer_arguments(group)
     group.add_argument(
         "--drain-timeout", type=float, default=60.0, help="seconds for open requests after SIGTERM (%(default)s)"
@@ -66,6 +60,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="send an OpenTelemetry span for each request there, e.g. http://localhost:4318/v1/traces (extra: otel)",
     )
+    group.add_argument(
+        "--log-requests",
+        "--enable-log-requests",
+        action="store_true",
+        help="log what is asked, prompts included (off: no log holds anything of a prompt or an answer)",
+    )
+    group.add_argument(
+        "--max-log-len", type=int, default=1000, help="characters or token ids of a prompt in the log (%(default)s)"
+    )
     group.add_argument("--disable-access-log", action="store_true", help="no log line for each request")
     group.add_argument(
         "--uvicorn-log-level",
@@ -73,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["critical", "error", "warning", "info", "debug"],
         help="what the HTTP layer itself logs (%(default)s)",
     )
+    add_key_arguments(parser)
+    add_network_arguments(parser)
     add_limit_arguments(parser)
     add_batch_arguments(parser)
     add_store_arguments(parser)
@@ -134,16 +139,20 @@ def run(args: argparse.Namespace) -> int:
     config = replace(engine_config(args), log_format=args.log_format)
     if getattr(config, "skip_tokenizer_init", False):
         raise ConfigError("skip_tokenizer_init: a server speaks text, so it needs the tokenizer")
+    network = settings.network
+    allow_open_files(network.max_connections)
     listener = bind(args.host, args.port)
+    metrics = bind(network.metrics_host, network.metrics_port) if network.metrics_port is not None else None
     from quire.engine.async_llm import AsyncLLM
 
     work = serve(
         AsyncLLM(config, settings.limits.of_engine()),
         settings,
         listener,
+        metrics_listener=metrics,
         drain_timeout=args.drain_timeout,
         log_level=args.uvicorn_log_level,
-        on_ready=lambda server: _announce(server, address(listener, args.host), args.log_format),
+        on_ready=lambda server: _announce(server, address(listener, args.host, network.scheme), args.log_format),
     )
     return in_loop(work)
 
@@ -170,21 +179,19 @@ def _announce(server: Server, base: str, log_format: str) -> None:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from quire.errors import ConfigError
     from quire_server.batch_settings import batch_settings
     from quire_server.openai.responses_store import store_settings
 
-    variable = os.environ.get(API_KEY_VARIABLE)
-    keys = args.api_key if args.api_key is not None else [variable] if variable else []
-    if any(not key.strip() for key in keys):
-        raise ConfigError("--api-key: a key must not be empty")
     return replace(
         answer_settings(args),
-        api_keys=tuple(keys),
+        **keys_from(args),
+        network=network_from(args),
         batches=batch_settings(args),
         store=store_settings(args),
         health_timeout=args.health_timeout,
         access_log=not args.disable_access_log,
+        log_requests=args.log_requests,
+        max_log_len=max(args.max_log_len, 0),
         otlp_traces_endpoint=args.otlp_traces_endpoint,
     )
 
@@ -218,16 +225,16 @@ def default_name(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def address(listener: socket.socket, host: str) -> str:
+def address(listener: socket.socket, host: str, scheme: str = "http") -> str:
     """The base address as one types it on this machine."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
-    return f"http://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
+    return f"{scheme}://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
 
 
 def banner(server: Server, base: str) -> str:
     """Where it serves, and two ways to try it that work when pasted."""
     model = server.settings.model_names[0]
-    guarded = bool(server.settings.api_keys)
+    guarded = bool(server.keys)
     report = server.engine.info.report
     if server.text.template() is not None:
         route, body = (

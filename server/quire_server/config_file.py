@@ -16,7 +16,7 @@ from typing import Any
 from quire.errors import ConfigError
 
 NOT_IN_FILE = {"help", "config", "dump_config"}
-SECRETS = {"api_key"}  # never printed
+SECRETS = {"api_key", "ssl_keyfile_password"}  # never printed
 
 
 AddArguments = Callable[[argparse.ArgumentParser], None]
@@ -133,7 +133,7 @@ def dump(args: argparse.Namespace, add_arguments: AddArguments) -> str:
             continue
         key = name.replace("_", "-")
         if name in SECRETS:
-            lines.append(f"# {key}: {len(value or ())} given, not shown")
+            lines.append(f"# {key}: {'given, not shown' if value else 'not set'}")
         elif value is None:
             lines.append(f"# {key}: not set")
         else:

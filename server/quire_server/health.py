@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from quire.message import EngineStats
 
 router = APIRouter(tags=["operation"])
+metrics_router = APIRouter(tags=["operation"])  # may have a port of its own
 State = Annotated[Server, Depends(server_of)]
 
 
@@ -75,7 +76,7 @@ async def load(server: State) -> Response:
     return json_response({"server_load": server.lifecycle.in_flight})
 
 
-@router.get("/metrics")
+@metrics_router.get("/metrics")
 async def metrics(server: State) -> Response:
     """Prometheus' text format. It answers without the engine too, and then says that the engine did not."""
     stats, info = None, None

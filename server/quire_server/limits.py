@@ -27,9 +27,12 @@ class Limits:
     max_stop_token_ids: int = _limit(256, "stop_token_ids")
     max_bad_words: int = _limit(256, "bad_words")
     max_logit_bias: int = _limit(1024, "entries of logit_bias")
+    max_allowed_token_ids: int = _limit(32768, "allowed_token_ids")
     max_grammar_chars: int = _limit(131072, "characters of a JSON schema, regex, grammar or set of choices")
     max_messages: int = _limit(4096, "messages of one chat")
     max_tools: int = _limit(128, "tools of one chat")
+    max_documents: int = _limit(128, "documents of one chat")
+    max_template_kwargs: int = _limit(64, "chat_template_kwargs")
     max_template_chars: int = _limit(65536, "characters of a chat template in a request")
 
     def at_most(self, param: str, value: float, flag: str) -> None:
@@ -50,6 +53,7 @@ class Limits:
             stop=self.max_stop,
             stop_length=self.max_stop_chars,
             stop_token_ids=self.max_stop_token_ids,
+            allowed_token_ids=self.max_allowed_token_ids,
             bad_words=self.max_bad_words,
             logit_bias=self.max_logit_bias,
             grammar_length=self.max_grammar_chars,

@@ -120,6 +120,27 @@ class Metrics:
             "quire:request_success", "Requests finished.", ["model_name", "finished_reason"], registry=self.registry
         )
 
+        self._by_key = Counter(
+            "quire:requests_by_key",
+            "Requests that carried this API key.",
+            ["model_name", "key"],
+            registry=self.registry,
+        )
+        self._limited = Counter(
+            "quire:rate_limited_requests_by_key",
+            "Requests refused for this API key's rate or concurrency.",
+            ["model_name", "key"],
+            registry=self.registry,
+        )
+
+    def by_key(self, name: str) -> None:
+        """A request carried the key of this name. There are as many names as there are keys."""
+        self._by_key.labels(self.model, name).inc()
+
+    def limited(self, name: str) -> None:
+        """A request was refused for its key's rate or concurrency."""
+        self._limited.labels(self.model, name).inc()
+
     def success(self, reason: str) -> None:
         self._success.labels(self.model, reason).inc()
 

@@ -15,11 +15,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire_server import record
 from quire_server.errors import ApiError, unforeseen
+from quire_server.network import host_allowed
 from quire_server.tracing import Tracing
 
 access_logger = logging.getLogger("quire.access")
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+
+
+_ALWAYS = ((b"x-content-type-options", b"nosniff"),)
 
 
 class EnvelopeMiddleware:
@@ -48,7 +52,7 @@ class EnvelopeMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id.encode()), *_ALWAYS]
             await send(message)
 
         try:
@@ -88,6 +92,22 @@ def _log(scope: Scope, status: int, seen: record.RequestRecord) -> None:
 def _printable(text: str) -> str:
     """Bounded, and without line breaks that would forge a line of the log."""
     return text[:256].encode("unicode_escape").decode()
+
+
+class HostMiddleware:
+    """Answers only to the names it is known by, so that a web page whose own name was made to point here gets nothing."""
+
+    def __init__(self, app: ASGIApp, allowed: tuple[str, ...]) -> None:
+        self.app, self.allowed = app, allowed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            hosts = Headers(scope=scope).getlist("host")  # none: no browser asks so, but old probes do
+            if len(hosts) > 1 or not all(host_allowed(host, self.allowed) for host in hosts):
+                message = "this server does not answer to the name in the Host header (--allowed-hosts)"
+                await ApiError(421, message, code="host_not_allowed").response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
 
 
 @dataclass(frozen=True)

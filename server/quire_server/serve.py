@@ -8,13 +8,16 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from quire.errors import EngineDead, UserError
 from quire_server import loop_delay
-from quire_server.app import create_app
+from quire_server.app import create_app, create_metrics_app
+from quire_server.connection import connection_for
 from quire_server.engine import EngineClient
 from quire_server.lifecycle import Lifecycle
 from quire_server.state import Server, Settings
@@ -58,6 +61,7 @@ async def serve(
     settings: Settings,
     listener: socket.socket,
     *,
+    metrics_listener: socket.socket | None = None,
     drain_timeout: float = 60.0,
     log_level: str = "warning",
     on_ready: Callable[[Server], None] | None = None,
@@ -65,40 +69,34 @@ async def serve(
 ) -> int:
     """Serve until a signal, or until the engine turns out not to start. Returns the exit status.
 
-    ``/health`` answers (503) from the beginning; ``on_ready`` is called once requests are served. With ``asked``, which
+    ``/health`` answers (503) from the beginning; ``on_ready`` is called once requests are served. ``metrics_listener`` is
+    where /metrics is when ``settings`` give it a port of its own. With ``asked``, which
     asks to drain when it is set, signals are left alone: only the main thread can have them.
     """
     server = Server(engine, settings, Lifecycle("loading"))
-    http = _Uvicorn(
-        uvicorn.Config(
-            create_app(server),
-            http="httptools",
-            ws="none",
-            lifespan="off",
-            log_level=log_level,
-            log_config=None,
-            access_log=False,  # EnvelopeMiddleware writes the line, with the request's id
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=5,
-        )
-    )
-    stop = _Stopper(server.lifecycle, http, asked)
-    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    http = [_http(create_app(server), settings, log_level)]
+    sockets = [listener]
+    if metrics_listener is not None:
+        http.append(_http(create_metrics_app(server), settings, log_level))
+        sockets.append(metrics_listener)
+    stop = _Stopper(server, http, asked)
+    served = (one.serve(sockets=[each]) for one, each in zip(http, sockets, strict=True))
+    serving: asyncio.Future[Any] = asyncio.gather(*served)
     watching = asyncio.create_task(loop_delay.watch(server.metrics.loop_delay))
     starting = asyncio.create_task(engine.start())
     signalled = asyncio.create_task(stop.asked.wait())
     status = 0
     try:
         await server.batches.open()
-        await asyncio.wait({starting, serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
+        ends: set[asyncio.Future[Any]] = {starting, serving, signalled}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if starting.done():
             starting.result()
             server.lifecycle.state = "serving"
             await server.batches.resume()
             if on_ready is not None:
                 on_ready(server)
-            await asyncio.wait({serving, signalled}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends - {starting}, return_when=asyncio.FIRST_COMPLETED)
             logger.info("draining: %d requests in flight", server.lifecycle.in_flight)
             if not await server.lifecycle.drain(drain_timeout):
                 logger.warning(
@@ -112,7 +110,8 @@ async def serve(
         starting.cancel()
         signalled.cancel()
         watching.cancel()
-        http.should_exit = True
+        for one in http:
+            one.should_exit = True
         await asyncio.gather(starting, signalled, watching, serving, return_exceptions=True)
         await server.batches.close()
         await engine.shutdown()
@@ -123,15 +122,38 @@ async def serve(
     return status
 
 
-class _Stopper:
-    """SIGTERM or SIGINT asks to drain; another one ends what is in flight at once."""
+def _http(app: FastAPI, settings: Settings, log_level: str) -> _Uvicorn:
+    return _Uvicorn(
+        uvicorn.Config(
+            app,
+            http=connection_for(settings.network),
+            ws="none",
+            lifespan="off",
+            log_level=log_level,
+            log_config=None,
+            access_log=False,  # EnvelopeMiddleware writes the line, with the request's id
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=5,
+            **settings.network.uvicorn(),
+        )
+    )
 
-    def __init__(self, lifecycle: Lifecycle, http: uvicorn.Server, asked: asyncio.Event | None) -> None:
-        self.lifecycle, self.http = lifecycle, http
+
+class _Stopper:
+    """SIGTERM or SIGINT asks to drain; another one ends what is in flight at once. SIGHUP reads the keys again."""
+
+    def __init__(self, server: Server, http: Sequence[uvicorn.Server], asked: asyncio.Event | None) -> None:
+        self.lifecycle, self.http = server.lifecycle, http
         self.asked = asked if asked is not None else asyncio.Event()
-        self._signals = (signal.SIGTERM, signal.SIGINT) if asked is None else ()
-        for number in self._signals:
-            asyncio.get_running_loop().add_signal_handler(number, self.signalled)
+        handlers: dict[int, Callable[[], None]] = {}
+        if asked is None:
+            handlers = {signal.SIGTERM: self.signalled, signal.SIGINT: self.signalled}
+            if hasattr(signal, "SIGHUP") and server.settings.api_key_file is not None:
+                handlers[signal.SIGHUP] = server.keys.reload
+        for number, handler in handlers.items():
+            asyncio.get_running_loop().add_signal_handler(number, handler)
+        self._signals = tuple(handlers)
 
     def uninstall(self) -> None:
         for number in self._signals:
@@ -141,5 +163,6 @@ class _Stopper:
         if not self.asked.is_set():
             self.asked.set()
             return
-        self.http.should_exit = self.http.force_exit = True
+        for one in self.http:
+            one.should_exit = one.force_exit = True
         self.lifecycle.stop()

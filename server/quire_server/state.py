@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastapi import Request
 
@@ -12,9 +18,12 @@ from quire import __version__
 from quire_server.batch_settings import BatchSettings
 from quire_server.engine import EngineClient
 from quire_server.errors import ApiError, refuse
+from quire_server.keys import ApiKeys, current_key
 from quire_server.lifecycle import Lifecycle
 from quire_server.limits import Limits
 from quire_server.metrics import Metrics
+from quire_server.network import Network
+from quire_server.openai.base import LONG
 from quire_server.openai.responses_background import Background
 from quire_server.openai.responses_store import ResponseStore, StoreSettings
 from quire_server.parsers import Parsers
@@ -24,6 +33,8 @@ from quire_server.tracing import Tracing
 if TYPE_CHECKING:
     from quire_server.batch_runner import Batches
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -31,9 +42,14 @@ class Settings:
 
     model_names: tuple[str, ...] = ("demo",)  # the first is what answers carry
     api_keys: tuple[str, ...] = ()
+    api_key_file: Path | None = None
+    max_requests_per_minute_per_key: int | None = None
+    max_concurrent_requests_per_key: int | None = None
+    isolate_cache: bool = False
     limits: Limits = field(default_factory=Limits)
     store: StoreSettings = field(default_factory=StoreSettings)
     batches: BatchSettings = field(default_factory=BatchSettings)
+    network: Network = field(default_factory=Network)
     response_role: str = "assistant"
     chat_template: str | None = None  # instead of the checkpoint's
     parsers: Parsers = field(default_factory=Parsers)
@@ -41,6 +57,8 @@ class Settings:
     health_timeout: float = 5.0
     access_log: bool = True
     otlp_traces_endpoint: str | None = None
+    log_requests: bool = False
+    max_log_len: int = 1000
 
 
 @dataclass
@@ -56,6 +74,10 @@ class Server:
         self.background = Background(self.settings.store.max_background)
         endpoint = self.settings.otlp_traces_endpoint
         self.tracing = None if endpoint is None else Tracing(endpoint)
+        self.keys = ApiKeys(self.settings.api_keys, self.settings.api_key_file)
+        self.settings = replace(self.settings, api_keys=())  # only their hashes stay
+        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="request")
+        self._cache_secret = secrets.token_bytes(32)
         self._text: Text | None = None
         self.created = int(time.time())
         self.fingerprint = f"quire-{__version__}"
@@ -68,8 +90,23 @@ class Server:
     def text(self) -> Text:
         """Tokenizer and chat template; there once the engine has started."""
         if self._text is None:
-            self._text = Text(self.engine.text, self.settings.chat_template)
+            self._text = Text(self.engine.text, self.settings.chat_template, self.run)
         return self._text
+
+    async def run(self, size: int, work: Callable[[], T]) -> T:
+        """``work`` on something of this size: what takes milliseconds is done off the event loop."""
+        if size < LONG:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def cache_salt(self, given: str | None) -> str | None:
+        """What a request's prefix cache is separated by: what it gave itself and, with --isolate-cache, its API key."""
+        key = current_key.get()
+        if not self.settings.isolate_cache or key is None:
+            return given
+        # A keyed hash, so that nobody who knows or guesses a key can name its part of the cache.
+        tenant = blake2b(key.digest, digest_size=16, key=self._cache_secret).hexdigest()
+        return tenant if given is None else f"{tenant}:{given}"
 
     def model(self, name: str | None) -> str:
         """The name an answer carries. Raises 404 for a model that is not served."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from quire.sampling.params import SamplingParams
 from quire_server.errors import from_engine, refuse
@@ -17,7 +15,14 @@ if TYPE_CHECKING:
     from quire_server.openai.chat_schema import ChatFields
 
 T = TypeVar("T")
-LONG = 2048  # characters or tokens: less is done before a thread could be woken
+
+
+class Run(Protocol):
+    """Server.run"""
+
+    def __call__(self, size: int, work: Callable[[], T], /) -> Awaitable[T]: ...
+
+
 # What the renderer itself is given: a request must not replace it.
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "template"})
 
@@ -31,11 +36,11 @@ class ChatPrompt:
 class Text:
     """``files`` is core's TextFiles: the tokenizer, the checkpoint's chat template and its recommended sampling."""
 
-    def __init__(self, files: Any, chat_template: str | None) -> None:
+    def __init__(self, files: Any, chat_template: str | None, run: Run) -> None:
         self.files, self.tokenizer = files, files.tokenizer
+        self._run = run
         if chat_template is not None:
             self.tokenizer.chat_templates = {"default": chat_template}
-        self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="text")
 
     @cached_property
     def defaults(self) -> SamplingParams:
@@ -51,11 +56,6 @@ class Text:
             return named["tool_use"]
         return named.get("default")
 
-    async def _run(self, size: int, work: Callable[[], T]) -> T:
-        if size < LONG:
-            return work()
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """The token ids of each text."""
         work = partial(self.tokenizer.encode_batch, texts, add_special_tokens=add_special_tokens)
@@ -64,6 +64,9 @@ class Text:
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         work = partial(self.tokenizer.decode, token_ids, skip_special_tokens=skip_special_tokens)
         return await self._run(len(token_ids), work)
+
+    async def tokens(self, token_ids: Sequence[int]) -> list[str]:
+        return await self._run(len(token_ids), lambda: [self.token(t) for t in token_ids])
 
     def token(self, token_id: int) -> str:
         return self.tokenizer.token_text(token_id)
@@ -81,17 +84,16 @@ class Text:
             message = "messages: this model has no chat template; use /v1/completions, or serve it with --chat-template"
             raise refuse("messages", message)
         variables = {**(body.chat_template_kwargs or {}), **(extra or {})}
-        self._check_used(template, body, variables)
-        messages = [m.as_dict() for m in body.messages]
-        if not mentions(template, "developer"):
-            for message_dict in messages:
-                if message_dict["role"] == "developer":
-                    message_dict["role"] = "system"
-        offered = body.tools if body.offers_tools else None
-        tools = [tool.model_dump(exclude_none=True) for tool in offered] if offered else None
-        size = sum(len(m["content"]) for m in messages) + 16 * len(messages) + 256 * len(tools or ())
 
         def render() -> ChatPrompt:
+            self._check_used(template, body, variables)
+            messages = [m.as_dict() for m in body.messages]
+            if not mentions(template, "developer"):
+                for message_dict in messages:
+                    if message_dict["role"] == "developer":
+                        message_dict["role"] = "system"
+            offered = body.tools if body.offers_tools else None
+            tools = [tool.model_dump(exclude_none=True) for tool in offered] if offered else None
             text = self.files.render_chat(
                 messages,
                 template=template,
@@ -104,7 +106,7 @@ class Text:
             return ChatPrompt(text, self.tokenizer.encode(text, add_special_tokens=body.add_special_tokens))
 
         try:
-            return await self._run(size, render)
+            return await self._run(body.size, render)
         except ValueError as error:
             raise from_engine(error, "messages") from None
 
@@ -117,7 +119,8 @@ class Text:
         for name in variables:
             if name in RESERVED:
                 raise refuse("chat_template_kwargs", f"chat_template_kwargs: {name} is set by the request's own field")
-            if not mentions(template, name):
+            # Before it is looked for: a long name is a long pattern, and any text could be a part of the template.
+            if not (name.isidentifier() and len(name) <= 64) or not mentions(template, name):
                 shown = name[:64]
                 raise refuse(
                     "chat_template_kwargs", f"chat_template_kwargs: this model's chat template has no {shown!r}"

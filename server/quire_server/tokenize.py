@@ -53,7 +53,7 @@ async def tokenize(body: TokenizeRequest, server: State) -> Response:
         "count": len(tokens),
         "max_model_len": server.engine.info.max_model_len,
         "tokens": tokens,
-        "token_strs": [server.text.token(t) for t in tokens] if body.return_token_strs else None,
+        "token_strs": await server.text.tokens(tokens) if body.return_token_strs else None,
     }
     return json_response(answer)
 

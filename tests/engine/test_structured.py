@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from quire import LLM, SamplingParams
-from quire.sampling.grammar import GrammarCompiler, GrammarError
+from quire.sampling.grammar import KEPT, GrammarCompiler, GrammarError
 from quire.sampling.grammar_state import GrammarStates
 from quire.sampling.noise import child_seed
 from quire.sampling.params import InvalidParameter, ParamLimits, StructuredOutputs
@@ -304,6 +304,12 @@ def takes(compiler, spec, text):
     matcher = compiler.matcher(spec)
     ids = compiler._tokenizer.encode(text, add_special_tokens=False)
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def test_no_stream_of_grammars_fills_the_memory(compiler):
+    for i in range(KEPT + 20):
+        compiler.matcher(StructuredOutputs(choice=[f"choice {i}"]))
+    assert len(compiler._compiled) == KEPT
 
 
 def test_masks(compiler):

@@ -32,3 +32,16 @@ def test_every_make_target_that_is_named_exists():
             r"^make ([a-z-]+)", page.read_text(), re.M
         ):
             assert target in targets, f"{page.name} names `make {target}`"
+
+
+def test_every_test_that_the_security_page_names_exists():
+    rows = [line for line in (ROOT / "docs/security.md").read_text().splitlines() if "`tests/" in line]
+    named = [test for row in rows for test in re.findall(r"`(tests/[^`]+)`", row.rsplit("|", 2)[1])]
+    assert len(rows) >= 20
+    assert len(named) >= len(rows)
+    for test in named:
+        path, *names = test.split("::")
+        source = (ROOT / path).read_text()
+        *groups, function = names
+        assert re.search(rf"^\s*def {function}\(", source, re.MULTILINE), test
+        assert all(re.search(rf"^class {group}\b", source, re.MULTILINE) for group in groups), test

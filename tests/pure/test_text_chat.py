@@ -8,6 +8,7 @@ import time
 import tracemalloc
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers import PreTrainedTokenizerFast
 
 from quire.text import chat, sandbox
@@ -181,6 +182,11 @@ def test_nothing_of_python_is_in_reach(source):
 LOOP = "{% for i in range(90000) %}{% for j in range(90000) %}BODY{% endfor %}{% endfor %}"
 GROW = "{% set ns = namespace(x='ab') %}{% for i in range(90) %}{% set ns.x = BODY %}{% endfor %}{{ ns.x|length }}"
 NEST = GROW.replace("'ab'", "[1]").replace("BODY", "[ns.x, ns.x]")
+TWINS = (
+    "{% set a = namespace(x=[1]) %}{% set b = namespace(x=[1]) %}{% for i in range(60) %}{% set a.x = [a.x, a.x] %}"
+    "{% set b.x = [b.x, b.x] %}{% endfor %}{{ BODY }}"
+)
+TUPLES = "{% set a = namespace(x=(1, 2)) %}{% for i in range(60) %}{% set a.x = (a.x, a.x) %}{% endfor %}{{ BODY }}"
 HOSTILE = {
     "nested loops": LOOP.replace("BODY", "{% set x = i %}"),
     "nested loops with output": LOOP.replace("BODY", "x"),
@@ -232,6 +238,32 @@ HOSTILE = {
     "a list of long strings": GROW.replace("range(90)", "range(90000)")
     .replace("'ab'", "[]")
     .replace("BODY", "ns.x + ['x' * 90000 ~ i]"),
+    "a search from the right": "{{ ('a' * 400000).rfind('a' * 90000 ~ 'b' ~ 'a' * 90000) }}",
+    "a split from the right": "{{ ('a' * 400000).rsplit('a' * 90000 ~ 'b' ~ 'a' * 90000) }}",
+    "strip": "{{ ('b' * 900000).strip('a' * 900000 ~ 'b') }}",
+    "trim": "{{ ('b' * 900000)|trim('a' * 900000 ~ 'b') }}",
+    "lists of lists ==": TWINS.replace("BODY", "a.x == b.x"),
+    "lists of lists in": TWINS.replace("BODY", "a.x in [b.x]"),
+    "lists of lists, chained": TWINS.replace("BODY", "[] < a.x < b.x"),
+    "lists of lists by a test": TWINS.replace("BODY", "a.x is eq(b.x)"),
+    "lists of lists by select": TWINS.replace("BODY", "[a.x]|select('in', [b.x])|list"),
+    "lists of lists sorted": TWINS.replace("BODY", "[a.x, b.x]|sort|length"),
+    "lists of lists sorted by map": TWINS.replace("BODY", "[[a.x], [b.x]]|map('first')|max|length"),
+    "lists of lists index": TWINS.replace("BODY", "[a.x].index(b.x)"),
+    "tuples of tuples as a key": TUPLES.replace("BODY", "{a.x: 1}|length"),
+    "tuples of tuples looked up": TUPLES.replace("BODY", "{}[a.x]"),
+    "tuples of tuples got": TUPLES.replace("BODY", "{}.get(a.x)"),
+    "tuples of tuples unique": TUPLES.replace("BODY", "[a.x]|unique|list|length"),
+    "adding up lists": "{{ ([[1] * 900] * 900)|sum(start=[])|length }}",
+    "bytes of a number": "{{ (10).to_bytes(1000000000, 'big')|length }}",
+    "bytes of a text": "{{ 'x'.encode().center(1000000000)|length }}",
+    "precision": "{{ 1.5|round(100000000, 'ceil') }}",
+    "slices that are kept": GROW.replace("range(90)", "range(90000)")
+    .replace("'ab'", "[]")
+    .replace("BODY", "[ns.x, ('x' * 900000)[1:]]"),
+    "reversals that are kept": GROW.replace("range(90)", "range(90000)")
+    .replace("'ab'", "[]")
+    .replace("BODY", "[ns.x, ('x' * 900000)|reverse]"),
     "nested ifs": "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
     "nested lists": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
     "an unclosed tag": "{% for x in",
@@ -262,6 +294,23 @@ def test_hostile_templates_take_little_memory():
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 30_000_000, name
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 1 < x < 3 }}{{ 1 < x > 2 }}{{ x == 2 != 3 }}{{ 3 >= x <= 1 }}",
+        "{{ 'a' in 'abc' }}{{ 'd' not in 'abc' }}{{ 2 in [x] }}{{ 'k' in {'k': 1} }}{{ not x in [1] }}",
+        "{{ nothing == 1 }}{{ nothing is defined }}{{ x is eq 2 }}{{ x is divisibleby 2 }}{{ [1, 2]|select('gt', 1)|list }}",
+        "{{ 'abcd'[1:3] }}{{ [1, 2, 3][::-1] }}{{ (1, 2, 3)[:-1] }}{{ {(1, 2): 3}[(1, 2)] }}{{ {'a': 1}['a'] }}{{ [5][x - 2] }}",
+        "{{ [3, 1]|sort }}{{ [1, 2]|sum }}{{ [[1], [2]]|sum(start=[]) }}{{ [{'a': 2}]|sum('a') }}{{ {'b': 1, 'a': 2}|dictsort }}",
+        "{{ [1, 1]|unique|list }}{{ [{'k': 1}, {'k': 2}]|groupby('k')|length }}{{ 2.567|round(1) }}{{ 'xax'|trim('x') }}",
+        "{{ 'a b c'.rsplit(' ', 1) }}{{ 'a-b-a'.rfind('a') }}{{ ' x '.strip() }}{{ 'abc'|reverse }}{{ [1, 2]|reverse|list }}",
+    ],
+)
+def test_what_is_guarded_means_what_it_meant(source):
+    plain = ImmutableSandboxedEnvironment().from_string(source)
+    assert ChatTemplate(source).render([{}], x=2) == plain.render(x=2)
 
 
 def test_long_conversations_are_no_attack():

@@ -24,20 +24,23 @@ from fake import FakeLLM
 class Live:
     """A server in a thread."""
 
-    def __init__(self, engine: Any, settings: Settings, drain_timeout: float = 5.0, wait: bool = True) -> None:
+    def __init__(
+        self, engine: Any, settings: Settings, drain_timeout: float = 5.0, wait: bool = True, **options: Any
+    ) -> None:
         self.engine = engine
+        self.options = {"drain_timeout": drain_timeout, **options}
         self.server: Server | None = None
         self.ready = threading.Event()
         self.status: int | None = None
         listener = bind("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.base = f"http://127.0.0.1:{self.port}"
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._run(listener, settings, drain_timeout)))
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._run(listener, settings)))
         self.thread.start()
         if wait:
             assert self.ready.wait(10)
 
-    async def _run(self, listener: Any, settings: Settings, drain_timeout: float) -> None:
+    async def _run(self, listener: Any, settings: Settings) -> None:
         self.loop = asyncio.get_running_loop()
         self.task = asyncio.current_task()
         self.stop = asyncio.Event()
@@ -46,9 +49,7 @@ class Live:
             self.server = server
             self.ready.set()
 
-        self.status = await serve(
-            self.engine, settings, listener, drain_timeout=drain_timeout, on_ready=on_ready, asked=self.stop
-        )
+        self.status = await serve(self.engine, settings, listener, on_ready=on_ready, asked=self.stop, **self.options)
 
     def ask_to_stop(self) -> None:
         self.loop.call_soon_threadsafe(self.stop.set)

@@ -19,6 +19,7 @@ from fake import FakeLLM
 from quire.errors import ConfigError
 from quire_server import cli
 from quire_server.limits import Limits
+from quire_server.network import Network
 from quire_server.serve import ServeError
 from quire_server.state import Settings
 
@@ -65,7 +66,8 @@ def test_banner_works_when_pasted(make_live, template, keys):
 
 def test_flags_become_settings(monkeypatch, tmp_path):
     monkeypatch.delenv("QUIRE_API_KEY", raising=False)
-    assert cli._settings(parse()) == Settings(model_names=("demo",))
+    local = Network(host="127.0.0.1")
+    assert cli._settings(parse()) == Settings(model_names=("demo",), network=local)
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages }}")
     args = parse(
@@ -76,6 +78,7 @@ def test_flags_become_settings(monkeypatch, tmp_path):
         model_names=(tmp_path.name,),
         api_keys=("a", "b"),
         limits=Limits(max_n=4),
+        network=local,
         response_role="bot",
         chat_template="{{ messages }}",
         trust_request_chat_template=True,

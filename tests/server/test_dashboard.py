@@ -24,11 +24,14 @@ def exported():
 
     from quire_server.state import Settings
 
-    live = Live(FakeLLM(delay=0.001), Settings())
+    live = Live(FakeLLM(delay=0.001), Settings(api_keys=("secret",), max_requests_per_minute_per_key=6))
+    key = {"Authorization": "Bearer secret"}
     try:
-        for body in ({"prompt": "hello", "max_tokens": 8}, {"prompt": "hi", "max_tokens": 4, "stream": True, "n": 2}):
-            assert httpx.post(f"{live.base}/v1/completions", json=body, timeout=20).status_code == 200
-        text = httpx.get(f"{live.base}/metrics", timeout=20).text
+        statuses = set()
+        for body in [{"prompt": "hi", "max_tokens": 4, "stream": True, "n": 2}, *[{"prompt": "hello", "max_tokens": 8}] * 8]:
+            statuses.add(httpx.post(f"{live.base}/v1/completions", json=body, headers=key, timeout=20).status_code)
+        assert statuses == {200, 429}
+        text = httpx.get(f"{live.base}/metrics", headers=key, timeout=20).text
     finally:
         live.close()
     samples: dict[str, set[str]] = {}

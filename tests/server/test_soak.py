@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import httpx
 import psutil
@@ -13,6 +17,7 @@ from conftest import eventually
 from demo_server import DemoServer
 
 REQUESTS, AT_ONCE = 1000, 48
+BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 def body(random: random.Random) -> tuple[str, dict, int]:
@@ -88,3 +93,21 @@ def test_a_thousand_requests_with_random_aborts():
     finally:
         status = server.close()
     assert status == 0, server.log
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_the_script_that_aborts(tmp_path):
+    """bench/aborts.py, with 200 aborts instead of 10,000; and it notices what is left."""
+    sys.path.insert(0, str(BENCH))
+    import aborts
+
+    report = tmp_path / "report.json"
+    command = [sys.executable, str(BENCH / "aborts.py"), "--aborts", "200", "--at-once", "16", "--json", str(report)]
+    done = subprocess.run([*command, "--", "--threads", "1"], capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(report.read_text())
+    assert result["failed_connections"] == 0
+    assert aborts.clean(result)
+    assert sum(group["free"] + group["cached"] for group in result["pages"]) == sum(g["pages"] for g in result["pages"])
+    assert not aborts.clean({**result, "pages_owned": 1})

@@ -11,6 +11,7 @@ from types import ModuleType
 COMMANDS = {
     "serve": ("quire_server.cli", "serve a model over an OpenAI-compatible HTTP API", "quire-server"),
     "run-batch": ("quire_server.run_batch", "run a file of requests, without HTTP", "quire-server"),
+    "api-key": ("quire_server.api_key", "make a key for the server's --api-key-file", "quire-server"),
     "chat": ("quire.cli.chat", "chat in the terminal, with a local model or a server", ""),
     "top": ("quire.cli.top", "watch a running server: queue, batch, pages, tokens/s", ""),
     "plugins": ("quire.cli.plugins", "list what plugins register, and what is wrong with those refused", ""),

@@ -7,16 +7,16 @@ What is bounded, while a template runs:
 - size: no string, list or number may grow beyond a limit, whether by ``~``, ``+``, ``*``, ``**``, ``%``, ``format``,
   ``replace``, ``join``, padding, a filter or a macro; containers that are turned into text count with all that they
   share, so one that holds itself many times over is refused;
+- single operations that would take long in C, where no clock is looked at: comparing and hashing containers that hold
+  something many times over, searching and stripping from the right by a long text, adding up lists;
 - memory: what operations make is added up, whether it is kept or not;
 - output: its characters are counted as they come.
-
-What is not: one comparison (``==``, ``in``, ``sort``) of two containers that were each nested dozens of levels deep by
-the template. A template from a request should therefore only be accepted from trusted clients.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +25,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
@@ -39,6 +39,10 @@ LARGEST_INTEGER_BITS = 4096
 TICKS_PER_LOOK = 16
 TOTAL = 16  # times as many characters as one string may have are made in all
 REMOVED_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap")  # superlinear, or not a function of the input
+WORK = 64  # times as many pairs of characters may be compared by one method
+EXISTING_VALUE_FILTERS = frozenset(("attr", "d", "default", "first", "last", "max", "min"))  # these make nothing new
+COMPARING_FILTERS = frozenset(("dictsort", "groupby", "max", "min", "sort", "unique"))
+UNSAFE_METHODS = frozenset(("encode", "to_bytes"))  # bytes have methods that nothing here bounds
 WHOLE_VALUE_FILTERS = frozenset(  # these look at a container's items, and do not turn all of it into text
     ("attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map",
      "max", "min", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique")
@@ -126,6 +130,34 @@ def text_size(value: Any) -> int:
     return measure(value)
 
 
+def check_compared(*values: Any) -> None:
+    """Refuse to compare containers, or to hash one, that hold too much, counting what is shared each time."""
+    containers = [value for value in values if isinstance(value, Mapping | list | tuple | set)]
+    if len(containers) > 1:
+        for value in containers:
+            check_size(text_size(value))
+
+
+def compare(name: str, left: Any, right: Any) -> Any:
+    """One comparison of a template, by Jinja's name of it."""
+    tick()
+    check_compared(left, right)
+    return _COMPARISONS[name](left, right)
+
+
+_COMPARISONS: dict[str, Callable[[Any, Any], Any]] = {
+    "eq": operator.eq, "ne": operator.ne, "gt": operator.gt, "gteq": operator.ge, "lt": operator.lt, "lteq": operator.le,
+    "in": lambda left, right: left in right, "notin": lambda left, right: left not in right,
+}  # fmt: skip
+
+
+def hashable(value: Any) -> Any:
+    """``value``, unless hashing it would take too long: tuples do not remember their hashes."""
+    if isinstance(value, tuple):
+        check_size(text_size(value))
+    return value
+
+
 def check_text(value: Any) -> None:
     """Refuse a container that would be too long as text."""
     if not isinstance(value, str):
@@ -146,6 +178,9 @@ def _check_string_method(text: str, name: str, args: tuple[Any, ...], kwargs: di
         check_size(max((v for v in values if isinstance(v, int)), default=0))
     elif name == "expandtabs":
         check_size(len(text) + text.count("\t") * max((v for v in values if isinstance(v, int)), default=8))
+    elif name in ("rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip"):
+        # Unlike the others, these look at every character of the one for every character of the other.
+        check_size(len(text) * max((len(v) for v in values if isinstance(v, str)), default=0) // WORK)
     elif name == "replace" and len(args) >= 2 and all(isinstance(v, str) for v in args[:2]):
         check_size(len(text) + text.count(args[0]) * len(args[1]))
     elif name == "join":
@@ -168,8 +203,21 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             check_text(value)
         if name not in ("d", "default"):
             check_size(max((v for v in [*rest, *kwargs.values()] if isinstance(v, int)), default=0))
+        if name in COMPARING_FILTERS:
+            value = value if isinstance(value, Mapping | str) else list(value)
+            args = (*args[:passed], value, *rest)
+            check_text(value)
         if name == "format":
             _check_format(str(value), "%", [*rest, *kwargs.values()])
+        elif name == "trim":
+            _check_string_method(str(value), "strip", (*rest, *kwargs.values()), {})
+        elif name == "round" and any(isinstance(v, int) and abs(v) > 400 for v in [*rest, *kwargs.values()]):
+            raise TemplateTooCostly("the template rounds to a very large precision")
+        elif name == "sum":
+            value = list(value)
+            args = (*args[:passed], value, *rest)
+            if any(isinstance(v, list | tuple) for v in [*rest, *kwargs.values()]):  # each step copies what there is
+                check_size(len(value) * text_size(value))
         elif name == "replace":
             _check_string_method(str(value), "replace", tuple(map(str, rest)), {})
         elif name == "join":
@@ -181,25 +229,66 @@ def _guarded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
             width = next((v for v in [*rest, *kwargs.values()] if not isinstance(v, bool)), 4)
             check_size(len(value) + str(value).count("\n") * (width if isinstance(width, int) else len(str(width))))
         result = function(*args, **kwargs)
-        return result if name in WHOLE_VALUE_FILTERS else made(result)
+        return result if name in EXISTING_VALUE_FILTERS else made(result)
 
     return guarded
 
 
+def _guarded_test(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``is eq(x)``, ``select("in", x)`` and the like compare too."""
+
+    @wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        tick()
+        check_compared(*args, *kwargs.values())
+        return function(*args, **kwargs)
+
+    return guarded
+
+
+def _asked(name: str, arguments: list[nodes.Expr], line: int) -> nodes.Node:
+    """A call of the environment's ``name``."""
+    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None).set_lineno(line)
+
+
 class _Counted(NodeTransformer):
-    """Puts a tick in every body that can run many times, and makes ``~`` a call that looks at sizes."""
+    """Puts a tick in every body that can run many times, and makes calls that look at sizes of ``~``, of comparisons, of
+    slices and of keys."""
 
     def _with_tick(self, node: Any) -> Any:
         self.generic_visit(node)
-        call = nodes.Call(nodes.EnvironmentAttribute("tick"), [], [], None, None)
-        node.body.insert(0, nodes.ExprStmt(call).set_lineno(node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_asked("tick", [], node.lineno)).set_lineno(node.lineno))
         return node
 
     visit_For = visit_Macro = visit_CallBlock = _with_tick
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
-        return nodes.Call(nodes.EnvironmentAttribute("joined"), node.nodes, [], None, None).set_lineno(node.lineno)
+        return _asked("joined", node.nodes, node.lineno)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        self.generic_visit(node)
+        left: nodes.Expr = node.expr
+        result: Any = None
+        for operand in node.ops:
+            this: Any = _asked("compare", [nodes.Const(operand.op), left, operand.expr], node.lineno)
+            result = this if result is None else nodes.And(result, this, lineno=node.lineno)
+            left = operand.expr
+        return result
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.arg, nodes.Slice):
+            return _asked("made", [node], node.lineno)
+        if not isinstance(node.arg, nodes.Const):
+            node.arg = _asked("hashable", [node.arg], node.lineno)  # type: ignore[assignment]
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
+        self.generic_visit(node)
+        if not isinstance(node.key, nodes.Const):
+            node.key = _asked("hashable", [node.key], node.lineno)  # type: ignore[assignment]
+        return node
 
 
 class _Generation(Extension):
@@ -249,6 +338,7 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _tojson
         for name, function in list(self.filters.items()):
             self.filters[name] = _guarded_filter(name, function)
+        self.tests = {name: _guarded_test(cast(Any, function)) for name, function in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= {
             "dict": _dict, "namespace": _Namespace,
@@ -256,6 +346,12 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         }  # fmt: skip
 
     tick = staticmethod(tick)
+    compare = staticmethod(compare)
+    made = staticmethod(made)
+    hashable = staticmethod(hashable)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return attr not in UNSAFE_METHODS and super().is_safe_attribute(obj, attr, value)
 
     def compile_bounded(self, source: str) -> Any:
         """A template whose loops, macros and concatenations are counted."""
@@ -304,6 +400,10 @@ class ChatEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             _check_string_method(owner, __obj.__name__, args, kwargs)
+        elif isinstance(owner, Mapping | list | tuple):  # get, index, count
+            check_compared(owner, *args)
+            for value in args:
+                hashable(value)
         return made(super().call(__context, __obj, *args, **kwargs))
 
 

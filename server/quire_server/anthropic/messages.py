@@ -31,7 +31,8 @@ async def create_message(request: Request, body: MessagesRequest, server: State)
     request.state.user = body.metadata.user_id if body.metadata is not None else None
     message_id = f"msg_{uuid.uuid4().hex}"
     with in_our_names():
-        chat = body.chat_request()
+        chat = await server.run(body.size, body.chat_request)
+        chat._size = body.size
         run = await _prepared(server, chat, message_id)
     room = run.job.sampling.max_tokens or 0
     run.job.sampling.max_tokens = min(room, body.max_tokens)

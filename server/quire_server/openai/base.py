@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 
 from quire_server.errors import refused_field
+
+LONG = 2048  # bytes, characters or tokens: less is worked on before a thread could be woken
 
 
 class Strict(BaseModel):
@@ -14,6 +16,12 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
     refused: ClassVar[dict[str, tuple[tuple[Any, ...], str]]] = {}
+    _size: int = PrivateAttr(default=LONG)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the body that this is; LONG where that is not known."""
+        return self._size
 
     @model_validator(mode="before")
     @classmethod

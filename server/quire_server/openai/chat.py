@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from quire.outputs import CompletionOutput, Logprob
+from quire.sampling.params import SamplingParams
 from quire_server.errors import from_engine, json_response, refuse
 from quire_server.openai import generation
 from quire_server.openai.chat_schema import ChatRequest
@@ -57,11 +58,11 @@ class ChatRun:
     job: Job
     parsers: Choice
     inside: bool | None  # whether the prompt ends within the reasoning
+    tools: list[dict[str, Any]]  # that are offered
 
     def parser(self, body: ChatRequest) -> AnswerParser:
         """A parser for one sample."""
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.offers_tools else []
-        return self.parsers.parser(self.inside, tools, body.parallel_tool_calls, body.include_reasoning)
+        return self.parsers.parser(self.inside, self.tools, body.parallel_tool_calls, body.include_reasoning)
 
     def thoughts(self, server: Server) -> list[Thoughts]:
         """A counter for each sample."""
@@ -81,7 +82,8 @@ async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun
     room = server.room(len(ids), body.limit, "messages")
     scored = (body.top_logprobs or 0) if body.logprobs else None
     parsers = server.settings.parsers.choice(server.text.template(body) or "")
-    try:
+
+    def prepare() -> tuple[SamplingParams, list[dict[str, Any]]]:
         sampling = body.sampling(
             server.text.defaults,
             max_tokens=room,
@@ -89,13 +91,17 @@ async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun
             prompt_logprobs=body.prompt_logprobs,
             structure=body.structure_with_tools(body.offers_tools and parsers.tools is Hermes),
         )
+        return sampling, [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.offers_tools else []
+
+    try:
+        sampling, tools = await server.run(body.size, prepare)
     except ValueError as error:
         raise renamed(from_engine(error), body.structure_field) from None
     if parsers.keeps_special(body.offers_tools):
         sampling.skip_special_tokens = False
     job = Job(request_id, prompt.text if ids is prompt.token_ids else None, ids, sampling)
     continued = str(body.messages[-1].as_dict()["content"]) if body.continue_final_message else None
-    return ChatRun(job, parsers, parsers.inside(prompt.text, continued))
+    return ChatRun(job, parsers, parsers.inside(prompt.text, continued), tools)
 
 
 def _thinking(server: Server, body: ChatRequest) -> dict[str, Any]:

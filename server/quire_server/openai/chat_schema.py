@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import from_json
 
 from quire.sampling.params import StructuredOutputs
-from quire_server.errors import refuse
+from quire_server.errors import refuse, refused_field
 from quire_server.limits import Limits
 from quire_server.openai.base import Strict
 from quire_server.openai.fields import REFUSED, GenerationFields, Int32
@@ -16,6 +16,7 @@ from quire_server.openai.structure import calls, strict_calls
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TEXT_ONLY = "only text is supported"
+MOST_PARTS = 2**14  # messages, their parts and calls, whatever --max-messages says: more are not even looked at
 
 
 class ContentPart(Strict):
@@ -120,6 +121,14 @@ class NamedChoice(Strict):
     function: FunctionName
 
 
+def _parts(items: Any) -> int:
+    """Elements of a list that is not validated yet, with those of its messages' contents and calls."""
+    if not isinstance(items, list):
+        return 0
+    lists = (item.get(name) for item in items if isinstance(item, dict) for name in ("content", "tool_calls"))
+    return len(items) + sum(len(each) for each in lists if isinstance(each, list))
+
+
 class ChatFields(Strict):
     """What decides the prompt; /tokenize takes the same."""
 
@@ -132,6 +141,16 @@ class ChatFields(Strict):
     continue_final_message: bool = False
     add_special_tokens: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _not_huge(cls, data: Any) -> Any:
+        """Each part becomes a model, which takes a thousand times as long as to read it."""
+        for name in ("messages", "tools", "documents") if isinstance(data, dict) else ():
+            count = _parts(data.get(name))
+            if count > MOST_PARTS:
+                raise refused_field(name, f"has {count} parts, more than {MOST_PARTS}", "too_many_parts")
+        return data
+
     @property
     def offers_tools(self) -> bool:
         return bool(self.tools)
@@ -139,6 +158,8 @@ class ChatFields(Strict):
     def check_prompt(self, limits: Limits, trust_template: bool) -> None:
         limits.at_most("messages", len(self.messages), "max_messages")
         limits.at_most("tools", len(self.tools or ()), "max_tools")
+        limits.at_most("documents", len(self.documents or ()), "max_documents")
+        limits.at_most("chat_template_kwargs", len(self.chat_template_kwargs or ()), "max_template_kwargs")
         if self.chat_template is not None:
             if not trust_template:
                 message = "chat_template: only taken by a server with --trust-request-chat-template"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from quire.sampling.params import SamplingParams
 from quire_server.errors import from_engine, json_response, refuse
 from quire_server.openai import generation
 from quire_server.openai.completions_schema import CompletionRequest
@@ -50,14 +51,18 @@ async def _jobs(server: Server, body: CompletionRequest, request_id: str) -> lis
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
     generate = max(body.max_tokens, 1)
-    try:
-        sampling = body.sampling(
+
+    def prepare() -> SamplingParams:
+        return body.sampling(
             server.text.defaults,
             max_tokens=generate,
             logprobs=body.logprobs,
             prompt_logprobs=scored,
             structure=body.structure(),
         )
+
+    try:
+        sampling = await server.run(body.size, prepare)
     except ValueError as error:
         raise renamed(from_engine(error), body.structure_field) from None
     texts = [prompt for prompt in batch if isinstance(prompt, str)]

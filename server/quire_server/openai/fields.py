@@ -146,6 +146,7 @@ class GenerationFields(Strict):
         _bounded_texts(limits, "stop", stops, "max_stop")
         _bounded_texts(limits, "bad_words", self.bad_words or [], "max_bad_words")
         limits.at_most("stop_token_ids", len(self.stop_token_ids or ()), "max_stop_token_ids")
+        limits.at_most("allowed_token_ids", len(self.allowed_token_ids or ()), "max_allowed_token_ids")
         limits.at_most("logit_bias", len(self.logit_bias or ()), "max_logit_bias")
 
     def sampling(
@@ -197,7 +198,8 @@ def _bounded_texts(limits: Limits, name: str, texts: list[str], flag: str) -> No
     for text in texts:
         if len(text) > limits.max_stop_chars:
             raise refuse(
-                name, f"{name}: a string of {len(text)} characters is over the limit of {limits.max_stop_chars}"
+                name,
+                f"{name}: a string of {len(text)} characters is over the limit of {limits.max_stop_chars} (--max-stop-chars)",
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
@@ -11,11 +12,14 @@ from typing import Any
 from quire.outputs import CompletionOutput, Logprob, RequestOutput
 from quire.sampling.params import SamplingParams
 from quire_server.errors import ApiError, from_engine, refuse
+from quire_server.keys import current_key
 from quire_server.metrics import RequestTimer
 from quire_server.openai.fields import GenerationFields
 from quire_server.openai.structure import renamed
 from quire_server.state import Server
 from quire_server.streaming import merged
+
+logger = logging.getLogger("quire.server")
 
 Logprobs = list[dict[int, Logprob]]
 PromptLogprobs = list[dict[int, Logprob] | None]
@@ -45,6 +49,7 @@ async def outputs(
 
 
 async def _observed(server: Server, fields: GenerationFields, job: Job) -> AsyncGenerator[RequestOutput, None]:
+    _log(server, job)
     timer = RequestTimer(server.metrics, job.sampling.n, job.sampling.max_tokens or 0)
     model = fields.model or server.settings.model_names[0]
     timer.sent(model, job.request_id, len(job.prompt_token_ids), job.sampling)
@@ -57,7 +62,7 @@ async def _observed(server: Server, fields: GenerationFields, job: Job) -> Async
             job.request_id,
             priority=max(fields.priority, least_priority.get()),
             deadline=fields.deadline,
-            cache_salt=fields.cache_salt,
+            cache_salt=server.cache_salt(fields.cache_salt),
         )
         async with aclosing(source) as items:  # type: ignore[type-var]
             async for item in items:
@@ -73,6 +78,20 @@ async def _observed(server: Server, fields: GenerationFields, job: Job) -> Async
     finally:
         if not finished:
             timer.abandoned()
+
+
+def _log(server: Server, job: Job) -> None:
+    """What is asked, when the server's owner wants to see it: bounded, and on one line."""
+    if not server.settings.log_requests:
+        return
+    most = server.settings.max_log_len
+    prompt = ascii(job.prompt[:most]) if job.prompt is not None else repr(job.prompt_token_ids[:most])
+    key = current_key.get()
+    logger.info(
+        "request %s%s: %d prompt tokens; %s; prompt %s",
+        job.request_id, f" key={key.name}" if key else "", len(job.prompt_token_ids),
+        ascii(job.sampling)[:most], prompt[:most],
+    )  # fmt: skip
 
 
 @dataclass

@@ -74,7 +74,9 @@ async def _plan(server: Server, body: ResponsesRequest, owner: str | None) -> _P
     own = body.items()
     response_id = new_id("resp")
     with in_our_names():
-        chat = body.chat([*_items(before), *own])
+        chat = await server.run(body.size, lambda: body.chat([*_items(before), *own]))
+        if not before:
+            chat._size = body.size
         chat.check(server.limits)
         chat.check_prompt(server.limits, False)
         run = await prepare(server, chat, response_id)
