@@ -10,6 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from quire.errors import ConfigError
+from quire.quantization import FORMATS
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class EngineConfig:
     device: str = "auto"
     device_index: int = 0
     dtype: str = "auto"
+    quantization: str | None = None  # round weights while loading: a name of quire.quantization.FORMATS
     threads: int | None = None
     batch_invariant: bool = False
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
@@ -98,6 +100,10 @@ class EngineConfig:
         for name, choice, allowed in choices:
             if choice not in allowed:
                 raise ConfigError(f"{name} = {choice!r}: must be one of {', '.join(allowed)}")
+        if self.quantization is not None and self.quantization not in FORMATS:
+            raise ConfigError(
+                f"quantization = {self.quantization!r}: a plain checkpoint can be rounded to {', '.join(FORMATS)}"
+            )
         if not scheduler.enable_chunked_prefill and scheduler.max_model_len > scheduler.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_batched_tokens = {scheduler.max_num_batched_tokens}: without chunked prefill it must be at "
@@ -107,7 +113,7 @@ class EngineConfig:
 
 ENGINE_FIELDS = {
     "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "batch_invariant", "load_format", "seed",
-    "enforce_eager", "revision", "hf_overrides",
+    "enforce_eager", "revision", "hf_overrides", "quantization",
 }  # fmt: skip
 SCHEDULER_FIELDS = {
     "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting", "enable_chunked_prefill",

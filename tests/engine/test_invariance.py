@@ -101,6 +101,19 @@ def test_however_it_is_served(way, model, dtype, alone, engine):
         assert llm._engine.core.stats().preemptions > 0, "the pool was meant to be too small"
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_with_rounded_weights(quantization, tiny, engine):
+    """Inputs of a product are rounded too, each row by its own scales: company must not show in them."""
+    options = dict(dtype="bfloat16", quantization=quantization, enable_prefix_caching=False)
+    llm = engine(tiny, **options)
+    expected = [bits(llm.generate([p], s))[0] for p, s in zip(prompts(count=12), params(12), strict=True)]
+    assert bits(llm.generate(prompts(count=12), params(12))) == expected
+    assert expected != bits(engine(tiny, dtype="bfloat16").generate(prompts(count=12), params(12))), "nothing was rounded"
+    tight = engine(tiny, **options, max_num_batched_tokens=7, max_num_seqs=7, num_pages=(18,), num_host_pages=(30,),
+                   max_model_len=200, preemption_mode="swap")  # fmt: skip
+    assert bits(tight.generate(prompts(count=12), params(12))) == expected
+
+
 def test_prefix_cached(model, dtype, alone, engine):
     llm = engine(model, dtype=dtype)
     assert bits(llm.generate(prompts(), params())) == alone

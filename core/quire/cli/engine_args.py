@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from quire.config import CACHE_FIELDS, ENGINE_FIELDS, SCHEDULER_FIELDS, EngineConfig, SchedulerConfig, make_config
+from quire.quantization import FORMATS
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +18,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype", default="auto", help="auto (the checkpoint's, where the device has it), bfloat16, float16 or float32"
+    )
+    group.add_argument(
+        "--quantization", "-q", choices=[*FORMATS], help="round a plain checkpoint's weights to this while loading"
     )
     group.add_argument(
         "--load-format", default="auto", choices=["auto", "safetensors", "dummy"], help="dummy: random weights"

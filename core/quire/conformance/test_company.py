@@ -50,6 +50,15 @@ def test_linear(backend, dtype, out, inner, biased):
         expect_rows(whole, backend.linear(x[begin:end].clone(), weight, bias), (begin, end), "linear")
 
 
+def test_quantized_linear(backend, dtype, quantization):
+    """An input that is rounded on the way must be rounded by its own row's scale."""
+    x = prepare(backend, dtype, random(ROWS, 320) * 10.0 ** (torch.arange(ROWS) % 5 - 2)[:, None], False)
+    weight = prepare(backend, dtype, Weight(random(200, 320, seed=1), quantization), False)
+    whole = backend.linear(x, weight)
+    for begin, end in [*((0, count) for count in range(1, 20)), *CUTS]:
+        expect_rows(whole, backend.linear(x[begin:end].clone(), weight), (begin, end), "quantized linear")
+
+
 def row_wise(backend, dtype, call, *raw: Tensor | None) -> None:
     """``call`` on all rows of the arguments, and on cuts of them."""
     arguments = [prepare(backend, dtype, a, False) for a in raw]

@@ -68,6 +68,11 @@ void bind_quant(nb::module_& m) {
               pack_weight(shape, at<uint8_t>(q), at<float>(scales), at<uint8_t>(zeros), at<char>(packed));
           },
           "shape"_a, "q"_a, "scales"_a, "zeros"_a, "packed"_a, Unlocked());
+    m.def("quant_pack_rounded",
+          [](const QuantShape& shape, const Rows& w, Address packed) {
+              pack_rounded(shape, matrix(w), at<char>(packed));
+          },
+          "shape"_a, "w"_a, "packed"_a, Unlocked());
     m.def("quant_linear",
           [](const QuantShape& shape, const Rows& x, int64_t rows, Address weight, int activation, const Rows& bias,
              const Rows& residual, const Rows& out) {

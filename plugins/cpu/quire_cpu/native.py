@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quire_cpu import _native
@@ -24,8 +23,7 @@ from quire_cpu._native import isa, isas, set_isa, threads
 
 __all__ = [
     "PackedLinear", "QuantizedLinear", "argmax", "embed", "gated_act", "gated_linear", "isa", "isas", "layer_norm",
-    "linear", "pack_integers", "pack_linear", "pack_quantized", "quantize", "rms_norm", "set_isa", "set_threads",
-    "threads",
+    "linear", "pack_integers", "pack_linear", "pack_quantized", "rms_norm", "set_isa", "set_threads", "threads",
 ]  # fmt: skip
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -179,41 +177,16 @@ def pack_integers(q: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, gr
     return QuantizedLinear(n, k, bits, group, native_shape, buffer)
 
 
-def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """(q uint8 [n, k], scales float32 [n, k / group]) with weight ~ (q - 2**(bits - 1)) * scales.
-
-    8 bits: the largest magnitude of a group becomes 127. 4 bits: of a few scales around those that make the largest
-    magnitude -8 or 7, the one with the least squared error.
-    """
-    n, k = weight.shape
-    middle = 1 << (bits - 1)
-    grouped = F.pad(weight.float(), (0, -k % group)).view(n, -1, group)
-    extreme = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True))  # [n, groups, 1], with its sign
-    ranges = (middle - 1.0,) if bits == 8 else (-8.0, -8.7, 7.0, 7.7)
-    best, scales = _round_to(grouped, extreme, ranges[0], middle)
-    best_error = (best * scales - grouped).square_().sum(dim=2, keepdim=True) if ranges[1:] else best
-    for most in ranges[1:]:
-        q, scale = _round_to(grouped, extreme, most, middle)
-        error = (q * scale - grouped).square_().sum(dim=2, keepdim=True)
-        better = error < best_error
-        best, scales, best_error = q.where(better, best), scale.where(better, scales), error.where(better, best_error)
-    return best.add_(middle).to(torch.uint8).view(n, -1)[:, :k], scales.squeeze(2)
-
-
-def _round_to(grouped: Tensor, extreme: Tensor, most: float, middle: int) -> tuple[Tensor, Tensor]:
-    """(integers, scale) of each group when its largest magnitude is to become ``most``; a negative one keeps its sign."""
-    scale = extreme / most if most < 0 else extreme.abs() / most
-    return (grouped / scale.where(scale != 0, 1.0)).round_().clamp_(-middle, middle - 1), scale
-
-
 def pack_quantized(weight: Tensor, bits: int, group: int) -> QuantizedLinear:
-    """weight [n, k], quantized and packed; rows a few at a time, so that little memory is needed beside the result."""
+    """weight [n, k] rounded as the contract's ``reference.quantize`` says, and packed; group by group, so that no memory
+    is needed beside the result."""
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [out, in]")
     n, k = weight.shape
-    q, scales = torch.empty(n, k, dtype=torch.uint8), torch.empty(n, -(-k // group))
-    for rows in range(0, n, 4096):
-        part = slice(rows, min(rows + 4096, n))
-        q[part], scales[part] = quantize(weight[part], bits, group)
-    return pack_integers(q, scales, None, bits, group)
+    shape = _native.QuantShape(n, k, bits, group, False)
+    buffer = _native.Buffer(shape.bytes)
+    _native.quant_pack_rounded(shape, rows_of("weight", check_rows("weight", weight, (n, k))), buffer.address)
+    return QuantizedLinear(n, k, bits, group, shape, buffer)
 
 
 def linear(

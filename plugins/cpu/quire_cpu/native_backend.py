@@ -24,15 +24,14 @@ from quire.hardware import (
     NormSpec,
     SamplingBatch,
     UnsupportedOnDevice,
+    reference,
 )
 from quire_cpu import memory, native
 from quire_cpu import native_attention as attention
 from quire_cpu.backend import CpuBackend
 from quire_cpu.native_capture import capture
 
-QUANTIZATION = {"int8": (8, 128), "int4": (4, 64)}
-"""Formats that :meth:`NativeCpuBackend.pack_weight` rounds a plain weight to: bits, and columns that share a scale."""
-
+FORMATS = reference.quantize.FORMATS
 
 class NativeCpuBackend(CpuBackend):
     """As :class:`CpuBackend`, by kernels of the plugin's own on threads of its own. Bits depend on the instruction
@@ -40,7 +39,7 @@ class NativeCpuBackend(CpuBackend):
 
     capabilities = dataclasses.replace(
         CpuBackend.capabilities, page_sizes=frozenset({16, 32, 64, 128, 256}), head_sizes=(8, 256), graphs=True,
-        quantization=frozenset(QUANTIZATION),
+        quantization=frozenset(FORMATS),
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -85,16 +84,20 @@ class NativeCpuBackend(CpuBackend):
 
     # -- weights and pointwise operations --------------------------------------------------------------------------
     def pack_weight(self, raw: Mapping[str, Tensor], format: str = "dense") -> Any:
-        """``dense``, or the same weight rounded to integers of 8 or 4 bits with a scale for each row and so many columns;
-        inputs are then rounded to 8 bits when a product is made."""
-        if format != "dense" and format not in QUANTIZATION:
-            known = ("dense", *sorted(QUANTIZATION))
+        """``dense``, or the same weight rounded to a format of the contract; the inputs of a product with it are rounded to
+        8 bits, with a scale for each row and group of columns, and the products of a group are added up exactly.
+
+        A decode step reads each weight once (1 byte and 1/32 of one in int8, 5/8 of a byte in int4) and does two
+        operations for each weight and row.
+        """
+        if format != "dense" and format not in FORMATS:
+            known = ("dense", *FORMATS)
             raise UnsupportedOnDevice(self.name, "pack_weight", f"the weight format '{format}' is unknown", known)
 
         def pack(weight: Tensor) -> native.PackedLinear | native.QuantizedLinear:
             if format == "dense":
                 return native.pack_linear(weight)
-            return native.pack_quantized(weight, *QUANTIZATION[format])
+            return native.pack_quantized(weight, FORMATS[format].bits, FORMATS[format].group)
 
         weight = raw["weight"]
         return [pack(one) for one in weight] if weight.dim() == 3 else pack(weight)
