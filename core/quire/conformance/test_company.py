@@ -116,6 +116,16 @@ def test_sampling(backend):
         expect_rows(whole, backend.sample(logits[begin:end], own), (begin, end), "sample")
 
 
+def test_logprobs(backend):
+    logits, chosen = random(ROWS, 3000, scale=3.0).to(backend.device), torch.arange(ROWS).to(backend.device)
+    whole = backend.logprobs(logits, chosen, 20)
+    for begin, end in CUTS:
+        for count in (0, 7, 20):
+            part = backend.logprobs(logits[begin:end], chosen[begin:end], count)
+            for w, p in zip(whole, part, strict=True):
+                expect_rows(w if w.dim() == 1 else w[:, : count + 1], p, (begin, end), "logprobs")
+
+
 LENGTHS = [1, 2, 15, 17, 64, 65, 130, 200]
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},

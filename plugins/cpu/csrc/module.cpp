@@ -15,6 +15,7 @@
 #include "pointwise.h"
 #include "pool.h"
 #include "quant.h"
+#include "sampling.h"
 #include "tape.h"
 
 namespace nb = nanobind;
@@ -173,6 +174,26 @@ void bind_pointwise(nb::module_& m) {
           "x"_a, "rows"_a, "columns"_a, "out"_a, Unlocked());
 }
 
+void bind_sampling(nb::module_& m) {
+    m.def("sample",
+          [](const Rows& logits, int64_t rows, int64_t columns, Address temperature, Address top_k, Address top_p,
+             Address min_p, Address uniform, Address out) {
+              sample({matrix(logits), columns, at<float>(temperature), at<int32_t>(top_k), at<float>(top_p),
+                      at<float>(min_p), at<double>(uniform), at<int64_t>(out)},
+                     rows);
+          },
+          "logits"_a, "rows"_a, "columns"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a, "out"_a,
+          Unlocked());
+    m.def("logprobs",
+          [](const Rows& logits, int64_t rows, int64_t columns, Address chosen, int64_t count, Address ids,
+             Address values, Address ranks) {
+              logprobs({matrix(logits), columns, at<int64_t>(chosen), count, at<int64_t>(ids), at<float>(values),
+                        at<int64_t>(ranks)},
+                       rows);
+          },
+          "logits"_a, "rows"_a, "columns"_a, "chosen"_a, "count"_a, "ids"_a, "values"_a, "ranks"_a, Unlocked());
+}
+
 // Seconds for all threads to read the buffer once.
 double read_seconds(const Buffer& buffer) {
     const int64_t block = 1 << 20, blocks = int64_t(buffer.size()) / block;
@@ -223,6 +244,7 @@ NB_MODULE(_native, m) {
     bind_quant(m);
     bind_attention(m);
     bind_pointwise(m);
+    bind_sampling(m);
     bind_tape(m);
     bind_probes(m);
 }

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quire.hardware import SamplingBatch
 from quire_cpu import _native
 from quire_cpu._native import isa, isas, set_isa, threads
 
 __all__ = [
     "PackedLinear", "QuantizedLinear", "argmax", "embed", "gated_act", "gated_linear", "isa", "isas", "layer_norm",
-    "linear", "pack_integers", "pack_linear", "pack_quantized", "rms_norm", "set_isa", "set_threads", "threads",
+    "linear", "logprobs", "pack_integers", "pack_linear", "pack_quantized", "rms_norm", "sample", "set_isa", "set_threads",
+    "threads",
 ]  # fmt: skip
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -320,9 +322,51 @@ def argmax(logits: Tensor) -> Tensor:
 
     -1 for a row in which that value is not finite, or that has a NaN.
     """
-    if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.shape[1]:
-        raise ValueError(f"logits must be float32 [N, V], got {logits.dtype} {tuple(logits.shape)}")
-    logits = check_rows("logits", logits, tuple(logits.shape))
+    logits = _logits(logits)
     out = empty((len(logits),), torch.int64)
     _native.argmax(rows_of("logits", logits), len(logits), logits.shape[1], out.data_ptr())
     return out
+
+
+def sample(logits: Tensor, settings: SamplingBatch) -> Tensor:
+    """One token a row of logits float32 [N, V] -> int64 [N], as the contract's ``sample``; -1 for a row that has none.
+
+    Reads a row once, and once more for V exponentials unless top-k says what is kept (csrc/sampling.h); no sort.
+    """
+    logits = _logits(logits)
+    rows = len(logits)
+    columns = {
+        "temperature": (settings.temperature, torch.float32), "top_k": (settings.top_k, torch.int32),
+        "top_p": (settings.top_p, torch.float32), "min_p": (settings.min_p, torch.float32),
+        "uniform": (settings.uniform, torch.float64),
+    }  # fmt: skip
+    for name, (column, dtype) in columns.items():
+        if column.shape != (rows,) or column.dtype != dtype or not column.is_contiguous():
+            raise ValueError(f"{name} is {column.dtype} {tuple(column.shape)}, expected {dtype} ({rows},), contiguous")
+    out = torch.empty(rows, dtype=torch.int64)
+    addresses = [column.data_ptr() for column, _ in columns.values()]
+    _native.sample(rows_of("logits", logits), rows, logits.shape[1], *addresses, out.data_ptr())
+    return out
+
+
+def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids int64 [N, 1 + count], log-probabilities float32 of them, ranks int64 [N]), as the contract's ``logprobs``."""
+    logits = _logits(logits)
+    rows, vocabulary = logits.shape
+    if chosen.shape != (rows,) or chosen.dtype != torch.int64 or not 0 <= count <= vocabulary:
+        raise ValueError(f"chosen is {chosen.dtype} {tuple(chosen.shape)} and count {count} of {vocabulary}")
+    if rows and not 0 <= int(chosen.min()) <= int(chosen.max()) < vocabulary:
+        raise IndexError(f"a chosen token is not in a vocabulary of {vocabulary}")
+    ids = torch.empty(rows, 1 + count, dtype=torch.int64)
+    values, ranks = torch.empty(ids.shape), torch.empty(rows, dtype=torch.int64)
+    _native.logprobs(
+        rows_of("logits", logits), rows, vocabulary, chosen.contiguous().data_ptr(), count, ids.data_ptr(),
+        values.data_ptr(), ranks.data_ptr(),
+    )  # fmt: skip
+    return ids, values, ranks
+
+
+def _logits(logits: Tensor) -> Tensor:
+    if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be float32 [N, V], got {logits.dtype} {tuple(logits.shape)}")
+    return check_rows("logits", logits, tuple(logits.shape))

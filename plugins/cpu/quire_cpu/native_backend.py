@@ -138,10 +138,10 @@ class NativeCpuBackend(CpuBackend):
         return out.to(x.dtype)
 
     def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
-        if not settings.all_greedy:
-            return super().sample(logits, settings)
-        # The maximum of a row that holds a NaN is NaN: such a row, like one without a finite logit, has no token.
-        return torch.where(torch.isfinite(logits.amax(dim=-1)), native.argmax(logits), -1)
+        return native.argmax(logits) if settings.all_greedy else native.sample(logits, settings)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        return native.logprobs(logits, chosen, count)
 
     # -- compound operations ---------------------------------------------------------------------------------------
     def _norm(self, x: Tensor, weight: Any, spec: NormSpec, residual: Tensor | None) -> tuple[Tensor, Tensor]:
