@@ -125,6 +125,10 @@ CACHE_FIELDS = {
 }  # fmt: skip
 
 
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Other spellings that ``kv_cache_dtype`` may have."""
+
+
 def make_config(model: str, plugins: tuple[str, ...] | None = None, **options: Any) -> EngineConfig:
     """Keyword arguments with vLLM's names to an EngineConfig; a name that is not known is refused."""
     unknown = set(options) - ENGINE_FIELDS - SCHEDULER_FIELDS - CACHE_FIELDS
@@ -140,6 +144,8 @@ def make_config(model: str, plugins: tuple[str, ...] | None = None, **options: A
     if index and not index.isdigit():
         raise ConfigError(f"device = {device}:{index}: after the colon comes a device number")
     overrides = engine.pop("hf_overrides", None) or {}
+    kv_dtype = str(cache.get("kv_cache_dtype", "auto"))
+    cache["kv_cache_dtype"] = SHORT_DTYPES.get(kv_dtype, kv_dtype)
     config = EngineConfig(
         model=model,
         device=device,

@@ -86,7 +86,10 @@ def test_weights_are_rounded_as_the_definition_says(dtype, bits, n, k, group):
     """By the bytes: what rounds and packs at once, against the definition's integers packed as they are."""
     w = (torch.randn(n + 1, k + 3) * torch.rand(n + 1, 1)).to(dtype)[1:, 1 : k + 1]
     w[n // 2, : k // 2] = 0
-    once, twice = native.pack_quantized(w, bits, group), native.pack_integers(*quantize(w, bits, group), None, bits, group)
+    once, twice = (
+        native.pack_quantized(w, bits, group),
+        native.pack_integers(*quantize(w, bits, group), None, bits, group),
+    )
     assert torch.equal(*(native.as_tensor(p.buffer, torch.uint8)[: p.shape.bytes] for p in (once, twice)))
 
 

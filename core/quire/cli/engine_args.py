@@ -38,7 +38,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache-memory-bytes", type=byte_size, help="KV cache size, e.g. 4G (default: by arithmetic)"
     )
-    group.add_argument("--kv-cache-dtype", default="auto", help="auto: the model's dtype")
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        help="auto (the model's), bf16, fp16, fp32 or int8 (a scale for each token and head), as the device has them",
+    )
     group.add_argument("--block-size", type=int, default=16, help="tokens in a page (default: 16)")
     group.add_argument(
         "--swap-space", type=float, default=1.0, help="GiB of host memory for swapped pages (default: 1)"

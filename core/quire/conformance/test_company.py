@@ -126,6 +126,19 @@ def test_logprobs(backend):
                 expect_rows(w if w.dim() == 1 else w[:, : count + 1], p, (begin, end), "logprobs")
 
 
+def test_attention_over_other_kv_dtypes(backend, primary, size, kv_dtype):
+    """What is rounded on its way into the cache is rounded the same whoever it is stored with."""
+    shape = Shape(head_dim=usual_head(backend), page_size=size, dtype=primary, kv_dtype=kv_dtype)
+
+    def run(rows: list[Row]) -> list[Tensor]:
+        return list(Stage(backend, Paper(rows, shape)).attend().cpu().split([row.new for row in rows]))
+
+    (whole,) = run([Row(200, 200, 7)])
+    for rows in ([Row(65, 65, 5), Row(200, 33, 7)], [Row(200, 1, 7)], [Row(200, 7, 7), Row(3, 1, 2), Row(130, 1, 6)]):
+        mine = next(i for i, row in enumerate(rows) if row.who == 7)
+        assert torch.equal(run(rows)[mine], whole[200 - rows[mine].new :]), "a sequence has other bits in company"
+
+
 LENGTHS = [1, 2, 15, 17, 64, 65, 130, 200]
 KINDS: dict[str, dict[str, Any]] = {
     "full": {},

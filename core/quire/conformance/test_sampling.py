@@ -143,7 +143,9 @@ def test_logprobs(backend, vocabulary, count):
     logits[0, vocabulary // 2 :] = -INF
     chosen = torch.arange(9) * 101 % vocabulary
     chosen[0] = 1
-    ids, values, ranks = (x.cpu() for x in backend.logprobs(logits.to(backend.device), chosen.to(backend.device), count))
+    ids, values, ranks = (
+        x.cpu() for x in backend.logprobs(logits.to(backend.device), chosen.to(backend.device), count)
+    )
     assert (ids.dtype, values.dtype, ranks.dtype) == (torch.int64, torch.float32, torch.int64)
     expected = logits.double().log_softmax(-1)
     best = expected.sort(dim=-1, descending=True, stable=True).indices[:, :count]

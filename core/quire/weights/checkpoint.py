@@ -163,9 +163,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     return tensors
 
 
-def weight_bytes(
-    weights: Iterable[WeightMap], dtype: str, quantization: str | None = None, tied: bool = False
-) -> int:
+def weight_bytes(weights: Iterable[WeightMap], dtype: str, quantization: str | None = None, tied: bool = False) -> int:
     """What a model's weights take, by arithmetic: in ``dtype``, matrices in the format of ``quantization``. A tied head
     counts once, unless it is rounded and the embedding is not."""
     total = 0

@@ -89,7 +89,7 @@ void bind_attention(nb::module_& m) {
     nb::class_<KVLayout>(m, "KVLayout", "Shape of the pages of a KV group.")
         .def("__init__",
              [](KVLayout* self, int type, int kv_heads, int head_dim, int page_size) {
-                 new (self) KVLayout{DType(type), kv_heads, head_dim, page_size};
+                 new (self) KVLayout{KVType(type), kv_heads, head_dim, page_size};
              },
              "type"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a)
         .def_prop_ro("page_bytes", &KVLayout::page_bytes);

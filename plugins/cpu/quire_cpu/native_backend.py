@@ -33,13 +33,14 @@ from quire_cpu.native_capture import capture
 
 FORMATS = reference.quantize.FORMATS
 
+
 class NativeCpuBackend(CpuBackend):
     """As :class:`CpuBackend`, by kernels of the plugin's own on threads of its own. Bits depend on the instruction
     set (``devices()`` names the one in use), but on nothing else that varies."""
 
     capabilities = dataclasses.replace(
         CpuBackend.capabilities, page_sizes=frozenset({16, 32, 64, 128, 256}), head_sizes=(8, 256), graphs=True,
-        quantization=frozenset(FORMATS),
+        quantization=frozenset(FORMATS), kv_dtypes=frozenset(attention.KV_DTYPES),
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class NativeCpuBackend(CpuBackend):
         if threads < 1:
             raise UnsupportedOnDevice(self.name, "open", f"threads is {threads}, at least 1 is needed")
         native.set_threads(threads)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # what torch still does is small: threads of its own would take cores from ours
 
     def capture(self, fn: Callable[[], Tensor], static_inputs: Sequence[Tensor]) -> CapturedStep | None:
         return capture(fn, self._arena)
