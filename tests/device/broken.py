@@ -232,6 +232,14 @@ class TopPWithoutTheLast(Host):
         return super().sample(logits, dataclasses.replace(settings, top_p=settings.top_p * 0.9))
 
 
+class RankOfEquals(Host):
+    """Counts the chosen token, and those as likely, among the likelier ones."""
+
+    def logprobs(self, logits, chosen, count):
+        ids, values, _ = super().logprobs(logits, chosen, count)
+        return ids, values, (logits >= logits.gather(1, chosen[:, None])).sum(1)
+
+
 class Favours(TorchCommunicator):
     """Adds up with this rank's own part last and rounded: other bits, and with them other text, on each rank."""
 
@@ -281,6 +289,7 @@ CAUGHT_BY = {
     MixesGroups: ("attention", "two_groups_of_layers"),
     KeepsTheHostsArray: ("memory", "to_device_is_a_copy"),
     TopPWithoutTheLast: ("sampling", "clear_cut_rows_follow_the_definition"),
+    RankOfEquals: ("sampling", "logprobs"),
     DeclaresGraphs: ("graphs", "replay_equals_eager"),
     FrozenOutput: ("graphs", "replay_equals_eager"),
 }

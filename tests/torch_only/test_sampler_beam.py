@@ -8,8 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quire.sampling.beam import BeamSearch
 from quire.sampling.logprobs import token_logprobs
-from tests.torch_only.sampling_helpers import HostBackend
 from quire.sampling.params import BeamSearchParams
+from tests.torch_only.sampling_helpers import HostBackend
 
 
 @pytest.fixture(scope="module")

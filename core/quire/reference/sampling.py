@@ -95,8 +95,8 @@ def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor
         ids = torch.cat((picks, likeliest(some, count)), dim=1)
         values = (some.gather(1, ids).double() - log_sum_exp(some)[:, None]).float()
         parts.append((ids, values, (some > some.gather(1, picks)).sum(dim=1) + 1))
-    ids, values, ranks = zip(*parts, strict=True)
-    return torch.cat(ids), torch.cat(values), torch.cat(ranks)
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return columns[0], columns[1], columns[2]
 
 
 def likeliest(logits: Tensor, count: int) -> Tensor:
