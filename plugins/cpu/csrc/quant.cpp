@@ -62,21 +62,26 @@ struct Rounding {
 };
 
 // x to integers when its largest magnitude, `extreme`, is to become `most`; a negative `most` keeps extreme's sign.
-void round_to(const float* x, int group, float extreme, float most, int middle, Rounding& out) {
+// `compare`: sum the squared errors, too.
+void round_to(const float* x, int group, float extreme, float most, int middle, bool compare, Rounding& out) {
     constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
     const float scale = most < 0 ? extreme / most : (extreme < 0 ? -extreme : extreme) / most;
     const float divisor = scale != 0 ? scale : 1.0f, low = float(-middle), high = float(middle - 1);
+    float rounded[128];
+    for (int c = 0; c < group; c++) {
+        float q = (x[c] / divisor + magic) - magic;
+        q = q > low ? q : low;  // also for NaN
+        rounded[c] = q < high ? q : high;
+    }
+    for (int c = 0; c < group; c++) out.q[c] = int8_t(int32_t(rounded[c]));
+    out.scale = scale;
+    if (!compare) return;
     double errors[4] = {};
     for (int c = 0; c < group; c += 4)
         for (int j = 0; j < 4; j++) {
-            float q = (x[c + j] / divisor + magic) - magic;
-            q = q > low ? q : low;  // also for NaN
-            q = q < high ? q : high;
-            const double error = double(q * scale - x[c + j]);
+            const double error = double(rounded[c + j] * scale - x[c + j]);
             errors[j] += error * error;
-            out.q[c + j] = int8_t(q);
         }
-    out.scale = scale;
     out.error = (errors[0] + errors[1]) + (errors[2] + errors[3]);
 }
 
@@ -88,11 +93,11 @@ Rounding round_group(const float* x, int group, int bits) {
     }
     Rounding best, next;
     if (bits == 8) {
-        round_to(x, group, extreme, 127.0f, 128, best);
+        round_to(x, group, extreme, 127.0f, 128, false, best);
     } else {
-        round_to(x, group, extreme, -8.0f, 8, best);
+        round_to(x, group, extreme, -8.0f, 8, true, best);
         for (const float most : {-8.7f, 7.0f, 7.7f}) {
-            round_to(x, group, extreme, most, 8, next);
+            round_to(x, group, extreme, most, 8, true, next);
             if (next.error < best.error) best = next;
         }
     }
@@ -110,7 +115,14 @@ void round_block(const QuantShape& s, const Matrix& w, int64_t block, char* out)
             load_floats(w, block * group_rows + i, column, std::min<int64_t>(s.group, s.k - column), s.group, x);
             const Rounding rounded = round_group(x, s.group, s.bits);
             std::memcpy(out + i * 4, &rounded.scale, 4);
-            for (int c = 0; c < s.group; c++) put(s, out, i, c, rounded.q[c] + middle);
+            char* data = out + s.header_bytes() + i * 4;
+            for (int c = 0; c < s.group; c += 4, data += c % (32 / s.bits) ? 0 : step_bytes) {
+                uint8_t four[4];
+                for (int j = 0; j < 4; j++) four[j] = uint8_t(rounded.q[c + j] + middle);
+                if (s.bits == 4 && c % 8)
+                    for (int j = 0; j < 4; j++) four[j] = uint8_t(four[j] << 4 | uint8_t(data[j]));
+                std::memcpy(data, four, 4);
+            }
         }
     }
 }

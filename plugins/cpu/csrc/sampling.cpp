@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t piece_blocks = 256;  // of a row, for one thread at a time
 constexpr int64_t candidates = 256;    // maxima whose logits are looked at first when only top-p cuts
+constexpr int bins = 1024;             // for rows where they are not enough
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 struct Candidate {
@@ -66,10 +67,9 @@ double mass_of(const std::vector<Candidate>& list) {
     return mass;
 }
 
-// The smallest logit of the fewest largest ones whose weights reach `goal` together (they do).
-float nucleus_of(std::vector<Candidate> list, double goal) {
+// The smallest logit of the fewest largest ones whose weights and `before` reach `goal` together (all of them do).
+float nucleus_of(std::vector<Candidate> list, double before, double goal) {
     auto begin = list.begin(), end = list.end();
-    double before = 0;
     while (end - begin > 1) {
         const auto middle = begin + (end - begin) / 2;
         std::nth_element(begin, middle, end, larger);
@@ -126,7 +126,7 @@ private:
         std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), larger);
         drop_below(list, order[size_t(k - 1)].logit);
         weigh(list);
-        if (a_.top_p[n_] < 1) drop_below(list, nucleus_of(list, double(a_.top_p[n_]) * mass_of(list)));
+        if (a_.top_p[n_] < 1) drop_below(list, nucleus_of(list, 0, double(a_.top_p[n_]) * mass_of(list)));
         return pick(list);
     }
 
@@ -136,14 +136,33 @@ private:
         const double goal = double(a_.top_p[n_]) * total;
         std::vector<Candidate> list = collect(row_, bound_of(row_, candidates));
         weigh(list);
-        if (mass_of(list) < goal) {
-            list = collect(row_, -infinity);
-            weigh(list);
-            list.erase(std::remove_if(list.begin(), list.end(), [](const Candidate& c) { return c.weight == 0; }),
-                       list.end());
-        }
-        drop_below(list, nucleus_of(list, goal));
+        if (mass_of(list) < goal) return among_wide_nucleus(goal);
+        drop_below(list, nucleus_of(list, 0, goal));
         return pick(list);
+    }
+
+    // A flat row: logits are sorted into bins by their distance from the largest, and only one bin is looked into.
+    int64_t among_wide_nucleus(double goal) const {
+        std::vector<float> w(size_t(row_.columns));
+        isa_.logit_weights(row_.x, row_.columns, row_.best, a_.temperature[n_], least(a_, n_), w.data());
+        const float scale = float(bins) / (25.0f * a_.temperature[n_]);  // from a distance of 24.3 on a weight is 0
+        const auto bin_of = [&](int64_t i) { return std::min(bins - 1, int((row_.best - row_.x[i]) * scale)); };
+        std::vector<double> mass(bins);
+        for (int64_t i = 0; i < row_.columns; i++)
+            if (w[i] > 0) mass[size_t(bin_of(i))] += w[i];
+        int bin = 0;
+        double before = 0;
+        for (; bin + 1 < bins && before + mass[size_t(bin)] < goal; bin++) before += mass[size_t(bin)];
+        std::vector<Candidate> list;
+        for (int64_t i = 0; i < row_.columns; i++)
+            if (w[i] > 0 && bin_of(i) == bin) list.push_back({row_.x[i], w[i], i});
+        const float threshold = nucleus_of(list, before, goal);
+        double total = 0, sum = 0;
+        for (int64_t i = 0; i < row_.columns; i++) total += row_.x[i] >= threshold ? w[i] : 0.0f;
+        const double share = goal_of(a_.uniform[n_], total);
+        for (int64_t i = 0; i < row_.columns; i++)
+            if (row_.x[i] >= threshold && (sum += w[i]) > share) return i;
+        return list.back().id;
     }
 
     // The first token whose cumulative weight exceeds the row's share of the total.
