@@ -38,7 +38,9 @@ def test_the_same_numbers_as_transformers(tmp_path, capsys):
     texts = perplexity.conversations(llm.get_tokenizer(), llm._text.render_chat, 5)
     llm.shutdown()
     assert len(texts) == content["conversations"] >= 5
-    model = transformers.AutoModelForCausalLM.from_pretrained(Path(quire_server.__file__).parent / "demo", dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        Path(quire_server.__file__).parent / "demo", dtype=torch.float32
+    )
     total = count = 0.0
     for ids, start in texts:
         with torch.inference_mode():
