@@ -11,6 +11,7 @@ import msgspec
 
 from quire.errors import ConfigError
 from quire.logs import LogFormat
+from quire.quantization import FORMATS
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class EngineConfig:
     device: str = "auto"
     device_index: int = 0
     dtype: str = "auto"
+    quantization: str | None = None  # round weights while loading: a name of quire.quantization.FORMATS
     threads: int | None = None
     batch_invariant: bool = False
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
@@ -100,6 +102,10 @@ class EngineConfig:
         for name, choice, allowed in choices:
             if choice not in allowed:
                 raise ConfigError(f"{name} = {choice!r}: must be one of {', '.join(allowed)}")
+        if self.quantization is not None and self.quantization not in FORMATS:
+            raise ConfigError(
+                f"quantization = {self.quantization!r}: a plain checkpoint can be rounded to {', '.join(FORMATS)}"
+            )
         if not scheduler.enable_chunked_prefill and scheduler.max_model_len > scheduler.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_batched_tokens = {scheduler.max_num_batched_tokens}: without chunked prefill it must be at "
@@ -109,7 +115,7 @@ class EngineConfig:
 
 ENGINE_FIELDS = {
     "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "batch_invariant", "load_format", "seed",
-    "enforce_eager", "revision", "hf_overrides",
+    "enforce_eager", "revision", "hf_overrides", "quantization",
 }  # fmt: skip
 SCHEDULER_FIELDS = {
     "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting", "enable_chunked_prefill",
@@ -119,6 +125,10 @@ CACHE_FIELDS = {
     "block_size", "enable_prefix_caching", "kv_cache_dtype", "kv_cache_memory_bytes", "gpu_memory_utilization", "swap_space",
     "num_pages", "num_host_pages",
 }  # fmt: skip
+
+
+SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Other spellings that ``kv_cache_dtype`` may have."""
 
 
 def make_config(model: str, plugins: tuple[str, ...] | None = None, **options: Any) -> EngineConfig:
@@ -136,6 +146,8 @@ def make_config(model: str, plugins: tuple[str, ...] | None = None, **options: A
     if index and not index.isdigit():
         raise ConfigError(f"device = {device}:{index}: after the colon comes a device number")
     overrides = engine.pop("hf_overrides", None) or {}
+    kv_dtype = str(cache.get("kv_cache_dtype", "auto"))
+    cache["kv_cache_dtype"] = SHORT_DTYPES.get(kv_dtype, kv_dtype)
     config = EngineConfig(
         model=model,
         device=device,

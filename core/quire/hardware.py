@@ -8,8 +8,7 @@ A vendor subclasses :class:`Backend`, overrides what the device does better, and
         register("mydevice", lambda: MyBackend())
 
 with an entry point in the group ``quire`` that names the module. Every operation has a default in plain PyTorch under
-``quire.reference``: that default *is* the definition, and the conformance kit (``quire conformance --device NAME``)
-holds an override to it. Importing this module loads no torch and touches no device.
+``quire.reference``: that default *is* the definition, and ``quire conformance --device NAME`` holds an override to it.
 
 Shapes: T new tokens of all sequences in the step, N sequences, M block table width, Hq/Hkv query/KV heads, D head
 size, V vocabulary. A floating-point operation returns its input's dtype unless it says otherwise.
@@ -104,8 +103,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True)
 class MemoryInfo:
-    """Bytes that this process could still take, and bytes there are. ``shared``: other programs live from the same
-    memory (a host's), so that by default Quire leaves them half of what is free."""
+    """Bytes we could still take, and bytes there are; ``shared``: other programs live from them, so we leave half free."""
 
     free: int
     total: int
@@ -236,8 +234,7 @@ class Backend:
         """Return when everything queued is done."""
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """A copy of a host array on the device: the caller may write to its array at once. It may overlap with queued
-        work, and is ordered before what is queued next."""
+        """A copy of a host array, ordered before what is queued next; the caller may write to its array at once."""
         import torch
 
         return torch.from_numpy(array).to(self.device, copy=True)
@@ -268,8 +265,7 @@ class Backend:
         reference.paged.copy_pages(source, target, group, pairs)
 
     def plan_attention(self, batch: AttentionBatch, spec: KVSpec, reuse: Any = None) -> Any:
-        """What :meth:`attention` needs to know about a step, made once. Given ``reuse``, a plan that a captured step
-        holds, bring that very plan up to date with the batch instead of making a new one."""
+        """What attention needs to know of a step, made once; ``reuse``: a captured step's plan, brought up to date itself."""
         return reference.paged.plan_attention(batch, spec, reuse)
 
     def attention(self, q: Tensor, kv: Any, layer: int, plan: Any, spec: AttentionSpec, sinks: Any = None) -> Tensor:
@@ -278,7 +274,7 @@ class Backend:
 
     # -- weights and pointwise operations --------------------------------------------------------------------------
     def pack_weight(self, raw: Mapping[str, Tensor], format: str = "dense") -> Any:
-        """The device's own layout of a weight. ``dense``: raw["weight"] is [out, in]; keep no second copy."""
+        """The device's own layout of raw["weight"] [out, in], as it is or rounded (``reference.quantize``). No second copy."""
         return reference.ops.pack_weight(raw, format, self)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
@@ -318,6 +314,10 @@ class Backend:
     def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
         """One token per row of logits float32 [N, V] -> int64 [N]: temperature, min-p, top-k, top-p, inverse CDF."""
         return reference.sampling.sample(logits, settings)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(ids int64 [N, 1 + count]: chosen, then the likeliest; their log-probabilities float32; chosen's rank [N])."""
+        return reference.sampling.logprobs(logits, chosen, count)
 
     # -- compound operations: a device that fuses overrides these --------------------------------------------------
     def attention_block(

@@ -30,11 +30,8 @@ def limits(buffer: _native.Buffer, code: int, repeats: int) -> tuple[float, floa
     return statistics.median(reads), max(_native.dot_rate(code, repeats) for _ in range(2))
 
 
-def pack(raw: torch.Tensor, integers: tuple | None, bits: int, group: int):
-    if integers is None:
-        return native.pack_linear(raw)
-    q, scales = integers
-    return native.pack_integers(q, scales, None, bits, group)
+def pack(raw: torch.Tensor, bits: int, group: int):
+    return native.pack_quantized(raw, bits, group) if bits else native.pack_linear(raw)
 
 
 def measure(run, seconds: float) -> float:
@@ -67,10 +64,9 @@ def main() -> None:
     print(f"{'shape':>12} {'rows':>5} {'us':>9} {'GB/s':>6} {'GFLOP/s':>8} {'limits':>12} {'share':>6}")
     for name, (n, k) in SHAPES.items():
         raw = torch.randn(n, k, dtype=dtype)
-        integers = native.quantize(raw, bits, group) if bits else None
-        weights = [pack(raw, integers, bits, group)]
+        weights = [pack(raw, bits, group)]
         size = weights[0].buffer.size
-        weights += [pack(raw, integers, bits, group) for _ in range(CACHES // size)]
+        weights += [pack(raw, bits, group) for _ in range(CACHES // size)]
         for rows in args.rows:
             if rows > 64 and n > 100000:
                 continue  # a head sees the rows that are sampled

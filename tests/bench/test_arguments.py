@@ -89,6 +89,15 @@ def test_a_started_server_gets_the_engine_flags():
     again.plugins, again.model = None, "demo"
     assert engine_config(again) == engine_config(args)
     assert engine_config(args).cache.enable_prefix_caching is False
+
+
+def test_rounding_has_flags_and_short_spellings():
+    args = parse("serve", "--base-url", "http://x", "--quantization", "int4", "--kv-cache-dtype", "fp16")
+    args.plugins, args.model = None, "demo"
+    config = engine_config(args)
+    assert (config.quantization, config.cache.kv_cache_dtype) == ("int4", "float16")
+    with pytest.raises(SystemExit):
+        parse("serve", "--quantization", "int3")
     assert engine_flags(parse("serve")) == []
 
 

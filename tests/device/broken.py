@@ -8,6 +8,7 @@ import torch
 
 from quire.conformance.kit import COLLECTIVES
 from quire.hardware import AttentionBatch, Backend, Capabilities, CapturedStep, DeviceInfo, MemoryInfo
+from quire.quantization import FORMATS
 from quire.reference import paged
 from quire.reference.collectives import TorchCommunicator
 
@@ -31,6 +32,7 @@ class Host(Backend):
         kv_dtypes=frozenset({"float32", "bfloat16"}),
         page_sizes=frozenset({16, 32}),
         head_sizes=(32, 64),
+        quantization=frozenset({"int8", "int4"}),
         graphs=True,
         collectives=frozenset(COLLECTIVES),
     )
@@ -180,6 +182,18 @@ class SumsInBfloat16(Host):
         return out if bias is None else out + bias
 
 
+class OneScaleForARow(Host):
+    """Rounds with one scale for a row where the format says one for each group."""
+
+    def pack_weight(self, raw, format="dense"):
+        weight = raw["weight"]
+        if format == "dense":
+            return super().pack_weight(raw, format)
+        most = 2 ** (FORMATS[format].bits - 1) - 1
+        scale = weight.abs().amax(-1, keepdim=True) / most
+        return (weight / scale).round() * scale
+
+
 class EpsOutsideTheRoot(Host):
     def rms_norm(self, x, weight, spec, residual=None):
         s = x if residual is None else x + residual
@@ -216,6 +230,14 @@ class TopPWithoutTheLast(Host):
 
     def sample(self, logits, settings):
         return super().sample(logits, dataclasses.replace(settings, top_p=settings.top_p * 0.9))
+
+
+class RankOfEquals(Host):
+    """Counts the chosen token, and those as likely, among the likelier ones."""
+
+    def logprobs(self, logits, chosen, count):
+        ids, values, _ = super().logprobs(logits, chosen, count)
+        return ids, values, (logits >= logits.gather(1, chosen[:, None])).sum(1)
 
 
 class Favours(TorchCommunicator):
@@ -261,11 +283,13 @@ CAUGHT_BY = {
     CopiesOneByOne: ("pages", "copies_of_one_call_do_not_see_each_other"),
     ForgetsBias: ("operations", "linear"),
     SumsInBfloat16: ("operations", "linear_sums_in_float32"),
+    OneScaleForARow: ("operations", "quantized_groups_have_scales_of_their_own"),
     EpsOutsideTheRoot: ("operations", "norm_of_small_numbers"),
     PaddingIsNotZero: ("attention", "padding_rows_are_zero"),
     MixesGroups: ("attention", "two_groups_of_layers"),
     KeepsTheHostsArray: ("memory", "to_device_is_a_copy"),
     TopPWithoutTheLast: ("sampling", "clear_cut_rows_follow_the_definition"),
+    RankOfEquals: ("sampling", "logprobs"),
     DeclaresGraphs: ("graphs", "replay_equals_eager"),
     FrozenOutput: ("graphs", "replay_equals_eager"),
 }

@@ -192,6 +192,10 @@ def test_what_cannot_be_built_is_refused_by_name(tiny, tmp_path):
         LLM(str(tiny), device="cpu", block_size=4096)
     with pytest.raises(UnsupportedOnDevice, match="--kv-cache-dtype fp4"):
         LLM(str(tiny), device="cpu", kv_cache_dtype="fp4")
+    with pytest.raises(UnsupportedOnDevice, match="--quantization int4 is not .*: it offers none; instead: no --quant"):
+        LLM(str(tiny), device="cpu-torch", quantization="int4")
+    with pytest.raises(ConfigError, match="quantization = 'awq': .* rounded to int8, int4"):
+        LLM(str(tiny), device="cpu", quantization="awq")
     with pytest.raises(ConfigError, match="max_model_len = 4096: this model knows 512"):
         LLM(str(tiny), device="cpu", max_model_len=4096)
     with pytest.raises(ConfigError, match="unknown option"):

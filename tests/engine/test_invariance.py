@@ -101,6 +101,36 @@ def test_however_it_is_served(way, model, dtype, alone, engine):
         assert llm._engine.core.stats().preemptions > 0, "the pool was meant to be too small"
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_with_rounded_weights(quantization, tiny, engine):
+    """Inputs of a product are rounded too, each row by its own scales: company must not show in them."""
+    options = dict(dtype="bfloat16", quantization=quantization, enable_prefix_caching=False)
+    llm = engine(tiny, **options)
+    expected = [bits(llm.generate([p], s))[0] for p, s in zip(prompts(count=12), params(12), strict=True)]
+    assert bits(llm.generate(prompts(count=12), params(12))) == expected
+    assert expected != bits(engine(tiny, dtype="bfloat16").generate(prompts(count=12), params(12))), (
+        "nothing was rounded"
+    )
+    tight = engine(tiny, **options, max_num_batched_tokens=7, max_num_seqs=7, num_pages=(18,), num_host_pages=(30,),
+                   max_model_len=200, preemption_mode="swap")  # fmt: skip
+    assert bits(tight.generate(prompts(count=12), params(12))) == expected
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["fp16", "int8"])
+def test_with_a_smaller_cache(kv_cache_dtype, windowed, engine):
+    """Keys and values are rounded as they are stored: who is stored with them must not show."""
+    options = dict(dtype="float32", kv_cache_dtype=kv_cache_dtype)
+    llm = engine(windowed, **options, enable_prefix_caching=False)
+    expected = [bits(llm.generate([p], s))[0] for p, s in zip(prompts(count=12), params(12), strict=True)]
+    cached = engine(windowed, **options)
+    assert bits(cached.generate(prompts(count=12), params(12))) == expected
+    assert bits(cached.generate(prompts(count=12), params(12))) == expected
+    assert expected != bits(engine(windowed, dtype="float32").generate(prompts(count=12), params(12)))
+    tight = engine(windowed, **options, max_num_batched_tokens=7, max_num_seqs=7, num_pages=(18, 18),
+                   num_host_pages=(30, 30), max_model_len=200, preemption_mode="swap")  # fmt: skip
+    assert bits(tight.generate(prompts(count=12), params(12))) == expected
+
+
 def test_prefix_cached(model, dtype, alone, engine):
     llm = engine(model, dtype=dtype)
     assert bits(llm.generate(prompts(), params())) == alone

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from quire.errors import ModelError
 from quire.models.llama import Llama
+from quire.quantization import FORMATS
+from quire.reference.quantize import rounded
 from quire.weights.checkpoint import Checkpoint, weight_bytes
 from quire.weights.load import load_weights
 from quire.weights.resolve import resolve_model
@@ -95,6 +97,25 @@ def test_each_weight_is_packed_once_and_nothing_else_is_kept(tmp_path):
     tied = {**CONFIG, "tie_word_embeddings": True}
     weights = read(tmp_path, config=tied)
     assert weights.head.data_ptr() == weights.embedding.data_ptr()
+
+
+def test_matrices_are_rounded_while_loading_and_the_head_to_its_own_format(tmp_path):
+    asked = []
+
+    class Asked(Host):
+        def pack_weight(self, raw, format="dense"):
+            asked.append(format)
+            return super().pack_weight(raw, format)
+
+    weights = read(put(tmp_path, tensors()), backend=Asked(), quantization="int4")
+    assert asked == ["int4"] * 8 + ["int8"]
+    raw = tensors()["model.layers.1.self_attn.o_proj.weight"]
+    assert torch.equal(weights.layers[1].attention.out, rounded(raw, FORMATS["int4"]))
+    assert not torch.equal(weights.layers[1].attention.out, raw)
+    tied = read(tmp_path, config={**CONFIG, "tie_word_embeddings": True}, backend=Asked(), quantization="int4")
+    assert asked[-1] == "int8"
+    assert torch.equal(tied.embedding, tensors()["model.embed_tokens.weight"])
+    assert torch.equal(tied.head, rounded(tied.embedding, FORMATS["int8"]))
 
 
 def test_a_checkpoint_that_is_overwritten_later_does_not_reach_the_model(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quire.conformance.world import stored
 from quire.hardware import AttentionBatch
 from quire.reference import paged as reference
 from quire.spec import AttentionSpec, KVGroupSpec, KVSpec
@@ -15,8 +16,11 @@ from quire_cpu import native
 from quire_cpu import native_attention as attention
 
 FUZZ = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)]  # q, KV
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+TYPES = [
+    (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16), (torch.float32, torch.int8),
+]  # q, KV  # fmt: skip
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
 
 
 class Sequences:
@@ -63,8 +67,7 @@ class Sequences:
 
     def expected(self, n, begin, end, sinks=None):
         """float64, of keys and values as the pool stores them."""
-        stored = NAMES_TO_DTYPE[self.kv.spec.groups[0].dtype]
-        k, v = (x[n][:end].to(stored).double() for x in (self.k, self.v))
+        k, v = (stored(x[n][:end], self.kv.spec.groups[0].dtype).double() for x in (self.k, self.v))
         return reference._attend(self.q[n][begin:end].double(), k, v, self.spec, sinks)
 
 
@@ -86,7 +89,7 @@ def check(sequences, parts, sinks=None):
             torch.testing.assert_close(y.double(), want, **tolerance(sequences.dtype))
 
 
-@pytest.fixture(params=TYPES, ids=["f32", "bf16", "f32-kv16"])
+@pytest.fixture(params=TYPES, ids=["f32", "bf16", "f32-bf16", "bf16-f16", "f32-s8"])
 def types(request):
     return request.param
 
@@ -193,10 +196,42 @@ def test_infinite_scores_do_not_reach_other_rows():
 def test_errors_name_the_field():
     with pytest.raises(ValueError, match="page_size is 8"):
         attention.allocate_kv(KVSpec((KVGroupSpec((0,), 1, 64, "float32", 8),)), [2])
-    with pytest.raises(ValueError, match="the KV dtype is float16"):
-        attention.allocate_kv(KVSpec((KVGroupSpec((0,), 1, 64, "float16"),)), [2])
+    with pytest.raises(ValueError, match="the KV dtype is float8"):
+        attention.allocate_kv(KVSpec((KVGroupSpec((0,), 1, 64, "float8"),)), [2])
     s = Sequences([20], spec_of(), torch.float32, torch.float32)
     batch = s.batch([(0, 0, 5)])
     batch.context_lens_host[0] = 3
     with pytest.raises(ValueError, match="sequence 0 has 5 new tokens, but a context of 3"):
         attention.Plan(batch)
+
+
+@pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
+def test_what_is_not_finite_is_not_hidden(isa, kv_dtype):
+    s = Sequences([300], spec_of(), torch.float32, getattr(torch, kv_dtype))
+    s.k[0][250, 1, 3] = float("nan")
+    s.v[0][299, 0, 3] = float("inf")
+    y = s.run([(0, 0, 299)])[0]
+    assert y[:250].isfinite().all()
+    assert y[250:, 3:].isnan().all(), "of the key's head"
+    assert y[:, :3].isfinite().all()
+    assert not s.run([(0, 299, 300)])[0][0, :3].isfinite().all(dim=1).any(), "of the value's head"
+
+
+def test_float16_pages_keep_every_float16(isa):
+    """Through the cache and back: one key each, so that the result is its value. Denormals and the largest included."""
+    bits = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(torch.float16)
+    values = bits[bits.isfinite()].view(-1, 64)
+    s = Sequences([len(values)], spec_of(1, 1, window=1), torch.float32, torch.float16)
+    s.v[0] = values.float().view(-1, 1, 64)
+    assert torch.equal(s.run([(0, 0, len(values))])[0], s.v[0])
+    s.v[0] = (s.v[0] * (1 + 2.0**-11 + 2.0**-20)).clamp(-65504, 65504)  # rounded to nearest
+    assert torch.equal(s.run([(0, 0, len(values))])[0].half(), s.v[0].half())
+
+
+def test_page_bytes():
+    group = lambda dtype: KVGroupSpec((0, 1), 3, 64, dtype, 32)  # noqa: E731
+    numbers = 2 * 2 * 3 * 64 * 32
+    sizes = {dtype: attention.page_bytes(group(dtype)) for dtype in attention.KV_DTYPES}
+    assert sizes == {
+        "float32": 4 * numbers, "bfloat16": 2 * numbers, "float16": 2 * numbers, "int8": numbers + numbers // 64 * 4,
+    }  # fmt: skip

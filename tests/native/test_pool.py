@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
+import time
+from pathlib import Path
 
+import pytest
 import torch
 
 from quire_cpu import native
@@ -43,6 +47,38 @@ def test_a_forked_process_has_its_own_threads():
     child.join(20)
     assert child.exitcode == 0
     assert queue.get() is True
+
+
+def _states(threads: set[str]) -> set[str]:
+    return {Path(f"/proc/self/task/{thread}/stat").read_text().rpartition(")")[2].split()[0] for thread in threads}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads' states are read from /proc")
+def test_idle_threads_sleep():
+    native.set_threads(1)
+    before = set(os.listdir("/proc/self/task"))
+    native.set_threads(4, pin=False, spin_us=50)
+    x, w = torch.randn(40, 64), native.pack_linear(torch.randn(300, 64))
+    native.linear(x, w)
+    ours = set(os.listdir("/proc/self/task")) - before
+    assert len(ours) >= 3
+    deadline = time.monotonic() + 30
+    while _states(ours) != {"S"}:
+        assert time.monotonic() < deadline, "threads without work are still running"
+        time.sleep(0.01)
+    native.linear(x, w)  # and they wake
+
+
+def test_torch_has_no_threads_beside_ours():
+    from quire.hardware import DeviceOptions
+    from quire_cpu.native_backend import NativeCpuBackend
+
+    before = torch.get_num_threads()
+    try:
+        NativeCpuBackend().open(0, DeviceOptions(threads=3))
+        assert (native.threads(), torch.get_num_threads()) == (3, 1)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_threads_can_be_changed_between_calls():

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quire.reference.quantize import dequantize, quantize
 from quire_cpu import native
 
 FUZZ = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -66,8 +67,8 @@ def test_quantized_weights_are_close(bits, group, worst):
     w, x = torch.randn(200, 640) * torch.rand(200, 1), torch.randn(30, 640)
     w[3] = 0
     w[5, 64:192] = 0
-    q, scales = native.quantize(w, bits, group)
-    back = (q.double() - (1 << (bits - 1))) * scales.double().repeat_interleave(group, 1)
+    q, scales = quantize(w, bits, group)
+    back = dequantize(q, scales.double(), bits, group)
     error = (back - w).norm() / w.norm()
     assert error < worst
     assert not back[3].any()
@@ -76,6 +77,28 @@ def test_quantized_weights_are_close(bits, group, worst):
     y = native.linear(x, native.pack_quantized(w, bits, group))
     exact = x.double() @ w.double().T
     assert (y - exact).norm() / exact.norm() < worst + 0.01
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@FUZZ
+@given(n=st.integers(1, 70), k=st.integers(1, 300), group=st.sampled_from([32, 64, 128]))
+def test_weights_are_rounded_as_the_definition_says(dtype, bits, n, k, group):
+    """By the bytes: what rounds and packs at once, against the definition's integers packed as they are."""
+    w = (torch.randn(n + 1, k + 3) * torch.rand(n + 1, 1)).to(dtype)[1:, 1 : k + 1]
+    w[n // 2, : k // 2] = 0
+    once, twice = (
+        native.pack_quantized(w, bits, group),
+        native.pack_integers(*quantize(w, bits, group), None, bits, group),
+    )
+    assert torch.equal(*(native.as_tensor(p.buffer, torch.uint8)[: p.shape.bytes] for p in (once, twice)))
+
+
+def test_a_weight_that_is_not_finite_is_not_hidden():
+    w = torch.randn(3, 256)
+    w[1, 130], w[2, 5] = torch.nan, -torch.inf
+    y = native.linear(torch.randn(4, 256), native.pack_quantized(w, 4, 32))
+    assert y[:, 1:].isnan().all()
+    assert y[:, 0].isfinite().all()
 
 
 def test_not_finite_inputs_spoil_their_row_alone(isa, dtype):
@@ -106,5 +129,5 @@ def test_the_backend_rounds_weights_while_packing(format, worst):
     y = backend.linear(x, backend.pack_weight({"weight": w.bfloat16()}, format))
     exact = x.double() @ w.double().T
     assert (y - exact).norm() / exact.norm() < worst
-    with pytest.raises(UnsupportedOnDevice, match="'int3' is unknown.*dense, int4, int8"):
+    with pytest.raises(UnsupportedOnDevice, match="'int3' is unknown.*dense, int8, int4"):
         backend.pack_weight({"weight": w}, "int3")

@@ -10,8 +10,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
+from quire.reference.sampling import likeliest
 from quire.sampling import noise, processors
-from quire.sampling.logprobs import likeliest
 from quire.sampling.params import SamplingParams
 from quire.sampling.sampler import Sampler
 from tests.torch_only.sampling_helpers import HostBackend, settings

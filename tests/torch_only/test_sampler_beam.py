@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from quire.sampling.beam import BeamSearch
 from quire.sampling.logprobs import token_logprobs
 from quire.sampling.params import BeamSearchParams
+from tests.torch_only.sampling_helpers import HostBackend
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_same_sequences_as_transformers(model, width):
     mine = BeamSearch(BeamSearchParams(width, length, length_penalty=0.0), len(prompt), [])
     while not mine.done:
         logits = model(torch.tensor([prompt + list(beam.tokens) for beam in mine.beams])).logits[:, -1].float()
-        entries = token_logprobs(logits, logits.argmax(-1), [mine.candidates_wanted] * len(logits))
+        entries = token_logprobs(HostBackend(), logits, logits.argmax(-1), [mine.candidates_wanted] * len(logits))
         mine.advance([list(zip(e.token_ids[1:], e.logprobs[1:], strict=True)) for e in entries])
     best = mine.best()
     assert [list(b.tokens) for b in best] == theirs.sequences[:, len(prompt) :].tolist()

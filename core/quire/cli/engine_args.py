@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from quire.config import CACHE_FIELDS, ENGINE_FIELDS, SCHEDULER_FIELDS, EngineConfig, SchedulerConfig, make_config
+from quire.quantization import FORMATS
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +18,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype", default="auto", help="auto (the checkpoint's, where the device has it), bfloat16, float16 or float32"
+    )
+    group.add_argument(
+        "--quantization", "-q", choices=[*FORMATS], help="round a plain checkpoint's weights to this while loading"
     )
     group.add_argument(
         "--load-format", default="auto", choices=["auto", "safetensors", "dummy"], help="dummy: random weights"
@@ -34,7 +38,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache-memory-bytes", type=byte_size, help="KV cache size, e.g. 4G (default: by arithmetic)"
     )
-    group.add_argument("--kv-cache-dtype", default="auto", help="auto: the model's dtype")
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        help="auto (the model's), bf16, fp16, fp32 or int8 (a scale for each token and head), as the device has them",
+    )
     group.add_argument("--block-size", type=int, default=16, help="tokens in a page (default: 16)")
     group.add_argument(
         "--swap-space", type=float, default=1.0, help="GiB of host memory for swapped pages (default: 1)"

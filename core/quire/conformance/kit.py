@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from quire.hardware import CONTRACT_VERSION, Backend, Capabilities, DeviceOptions
+from quire.quantization import FORMATS
 
 FOLDER = Path(__file__).parent
 DTYPES = ("float32", "bfloat16", "float16")
@@ -123,6 +124,7 @@ class Kit:
             "kv_dtype": (sorted({*DTYPES, *capabilities.kv_dtypes}), lambda d: d in capabilities.kv_dtypes),
             "page_size": (sorted({*PAGE_SIZES, *capabilities.page_sizes}), lambda p: p in capabilities.page_sizes),
             "head_size": (sorted({*HEAD_SIZES, low, high}), lambda h: low <= h <= high),
+            "quantization": (sorted(FORMATS), lambda q: q in capabilities.quantization),
             "collective": (COLLECTIVES, lambda c: c in capabilities.collectives),
         }
         for name, (values, declared) in known.items():

@@ -23,9 +23,10 @@ class Wide:
 
 @dataclass
 class Weight:
-    """A raw weight, which each side packs for itself."""
+    """A raw weight, which each side packs for itself, in ``format``."""
 
     value: Tensor
+    format: str = "dense"
 
 
 TRUTH = Float64()
@@ -39,7 +40,7 @@ def prepare(backend: Backend, dtype: str, argument: Any, true: bool) -> Any:
     """An argument as one side takes it: rounded to the dtype under test, in float64 for the true side."""
     own = torch_dtype(dtype)
     if isinstance(argument, Weight):
-        return backend.pack_weight({"weight": prepare(backend, dtype, argument.value, true)})
+        return backend.pack_weight({"weight": prepare(backend, dtype, argument.value, true)}, argument.format)
     if isinstance(argument, Wide):
         return argument.value.double() if true else argument.value.to(backend.device)
     if isinstance(argument, Tensor):

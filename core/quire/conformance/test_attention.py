@@ -36,6 +36,18 @@ def test_dtypes(backend, shape, size, dtype):
 
 def test_kv_dtypes(backend, shape, size, kv_dtype):
     compare(backend, ragged(size), Shape(**{**shape, "kv_dtype": kv_dtype}))
+    compare(backend, ragged(size), Shape(**{**shape, "kv_dtype": kv_dtype}, window=size - 1, sinks=True, layers=2))
+
+
+def test_kv_dtypes_with_every_dtype(backend, shape, size, dtype, kv_dtype):
+    """Heads of very different size in one token: a cache with scales needs one for each."""
+    shaped = Shape(**{**shape, "dtype": dtype, "kv_dtype": kv_dtype})
+    paper = Paper(ragged(size), shaped)
+    paper.values *= torch.tensor([1.0, 300.0])[:, None]
+    device, truth = Stage(backend, paper), Stage(Float64(), paper, "float64")
+    given, expected = device.attend(), truth.attend()
+    for heads in (slice(0, 2), slice(2, 4)):
+        close(given[:, heads], expected[:, heads], dtype, factor=3.0, what=f"attention of heads {heads}")
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2), (14, 2), (6, 3), (4, 1), (32, 1)])

@@ -50,6 +50,15 @@ def test_linear(backend, dtype, out, inner, biased):
         expect_rows(whole, backend.linear(x[begin:end].clone(), weight, bias), (begin, end), "linear")
 
 
+def test_quantized_linear(backend, dtype, quantization):
+    """An input that is rounded on the way must be rounded by its own row's scale."""
+    x = prepare(backend, dtype, random(ROWS, 320) * 10.0 ** (torch.arange(ROWS) % 5 - 2)[:, None], False)
+    weight = prepare(backend, dtype, Weight(random(200, 320, seed=1), quantization), False)
+    whole = backend.linear(x, weight)
+    for begin, end in [*((0, count) for count in range(1, 20)), *CUTS]:
+        expect_rows(whole, backend.linear(x[begin:end].clone(), weight), (begin, end), "quantized linear")
+
+
 def row_wise(backend, dtype, call, *raw: Tensor | None) -> None:
     """``call`` on all rows of the arguments, and on cuts of them."""
     arguments = [prepare(backend, dtype, a, False) for a in raw]
@@ -105,6 +114,29 @@ def test_sampling(backend):
     for begin, end in CUTS:
         own = settings(backend, end - begin, uniform[begin:end], top_p=0.9, top_k=40, temperature=0.8)
         expect_rows(whole, backend.sample(logits[begin:end], own), (begin, end), "sample")
+
+
+def test_logprobs(backend):
+    logits, chosen = random(ROWS, 3000, scale=3.0).to(backend.device), torch.arange(ROWS).to(backend.device)
+    whole = backend.logprobs(logits, chosen, 20)
+    for begin, end in CUTS:
+        for count in (0, 7, 20):
+            part = backend.logprobs(logits[begin:end], chosen[begin:end], count)
+            for w, p in zip(whole, part, strict=True):
+                expect_rows(w if w.dim() == 1 else w[:, : count + 1], p, (begin, end), "logprobs")
+
+
+def test_attention_over_other_kv_dtypes(backend, primary, size, kv_dtype):
+    """What is rounded on its way into the cache is rounded the same whoever it is stored with."""
+    shape = Shape(head_dim=usual_head(backend), page_size=size, dtype=primary, kv_dtype=kv_dtype)
+
+    def run(rows: list[Row]) -> list[Tensor]:
+        return list(Stage(backend, Paper(rows, shape)).attend().cpu().split([row.new for row in rows]))
+
+    (whole,) = run([Row(200, 200, 7)])
+    for rows in ([Row(65, 65, 5), Row(200, 33, 7)], [Row(200, 1, 7)], [Row(200, 7, 7), Row(3, 1, 2), Row(130, 1, 6)]):
+        mine = next(i for i, row in enumerate(rows) if row.who == 7)
+        assert torch.equal(run(rows)[mine], whole[200 - rows[mine].new :]), "a sequence has other bits in company"
 
 
 LENGTHS = [1, 2, 15, 17, 64, 65, 130, 200]

@@ -42,12 +42,12 @@ def test_work_is_ordered_by_streams_and_events(backend):
     backend.synchronize()
 
 
-def test_page_bytes_cover_what_a_page_holds(backend, page_size, primary_kv):
+def test_page_bytes_cover_what_a_page_holds(backend, page_size, kv_dtype):
     def group(layers: int, size: int = page_size, heads: int = 2) -> KVGroupSpec:
-        return KVGroupSpec(tuple(range(layers)), heads, 64, primary_kv, size)
+        return KVGroupSpec(tuple(range(layers)), heads, 64, kv_dtype, size)
 
     one = backend.page_bytes(group(1))
-    raw = 2 * page_size * 2 * 64 * torch_dtype(primary_kv).itemsize
+    raw = 2 * page_size * 2 * 64 * torch_dtype(kv_dtype).itemsize
     assert raw <= one <= 2 * raw, f"a page of {raw} bytes of keys and values is said to take {one}"
     assert backend.page_bytes(group(3)) >= 3 * raw
     assert backend.page_bytes(group(1, heads=4)) >= 2 * raw

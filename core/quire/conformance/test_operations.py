@@ -35,6 +35,31 @@ def test_linear_of_rows_with_gaps(backend, dtype):
     both(backend, dtype, lambda b, x, w: b.linear(x[:, 8:72], w), x, Weight(random(24, 64, seed=1, scale=0.1)))
 
 
+INPUT_IN_8_BITS = {"float64": 0.0, "float32": 1500.0, "float16": 15.0, "bfloat16": 3.0}
+"""Times the usual tolerance: 4.5 to 6 % of the result's rms. With the input rounded to 8 bits by groups of up to 128,
+an output is off by 0.6 % of it, give or take; the worst of thousands by five times that."""
+
+
+@pytest.mark.parametrize(("inner", "out"), [(64, 96), (37, 53), (300, 1000), (1024, 8)])
+def test_quantized_linear(backend, dtype, quantization, inner, out):
+    """Against float64 of the very weights that rounding leaves: the definition rounds the same for every device."""
+    for rows in ROWS:
+        weight = Weight(random(out, inner, seed=1, scale=inner**-0.5), quantization)
+        both(
+            backend, dtype, lambda b, x, w, c: b.linear(x, w, c), random(rows, inner), weight, random(out, seed=2),
+            factor=INPUT_IN_8_BITS[dtype],
+        )  # fmt: skip
+
+
+def test_quantized_groups_have_scales_of_their_own(backend, dtype, quantization):
+    """Columns whose weights differ by orders of magnitude, times inputs that make up for it."""
+    inner = 512
+    size = 10.0 ** (torch.arange(inner) // 128 - 2)
+    weight = Weight(random(64, inner, seed=1) * size, quantization)
+    x = random(5, inner) / size
+    both(backend, dtype, lambda b, x, w: b.linear(x, w), x, weight, factor=INPUT_IN_8_BITS[dtype])
+
+
 def test_embed(backend, dtype):
     table = random(50, 24)
     for ids in ([], [0], [49, 0, 7, 7, 23]):
@@ -112,6 +137,20 @@ def test_gated_mlp(backend, dtype, residual):
     other = random(6, 48, seed=1) if residual else None
     weights = Weight(random(144, 48, seed=2, scale=0.15)), Weight(random(48, 72, seed=3, scale=0.15))
     both(backend, dtype, call, random(6, 48), other, random(48, seed=4), *weights, factor=3)
+
+
+def test_quantized_gated_mlp(backend, dtype, quantization):
+    spec, norm = MlpSpec(intermediate=96, activation="silu"), NormSpec()
+
+    def call(b, x, r, n, gate_up, down):
+        return b.gated_mlp(x, r, MlpWeights(n, gate_up, down), spec, norm)
+
+    weights = (
+        Weight(random(192, 64, seed=2, scale=0.15), quantization),
+        Weight(random(64, 96, seed=3, scale=0.15), quantization),
+    )
+    x, other = random(6, 64), random(6, 64, seed=1)
+    both(backend, dtype, call, x, other, random(64, seed=4), *weights, factor=2 * INPUT_IN_8_BITS[dtype])
 
 
 def test_final_head(backend, dtype):

@@ -132,3 +132,23 @@ def test_a_row_without_a_token_gives_minus_one(backend):
 
 def test_no_rows(backend):
     assert draw(backend, torch.zeros(0, 10), torch.zeros(0)) == []
+    ids, values, ranks = backend.logprobs(torch.zeros(0, 10, device=backend.device), torch.zeros(0).long(), 3)
+    assert (ids.shape, values.shape, ranks.shape) == ((0, 4), (0, 4), (0,))
+
+
+@pytest.mark.parametrize(("vocabulary", "count"), [(7, 7), (1000, 0), (1000, 300), (50257, 5)])
+def test_logprobs(backend, vocabulary, count):
+    """Against float64: the chosen token and the likeliest ones, with ties among them and masked tokens."""
+    logits = (random(9, vocabulary, seed=vocabulary, scale=12.0).round() / 4).float()
+    logits[0, vocabulary // 2 :] = -INF
+    chosen = torch.arange(9) * 101 % vocabulary
+    chosen[0] = 1
+    ids, values, ranks = (
+        x.cpu() for x in backend.logprobs(logits.to(backend.device), chosen.to(backend.device), count)
+    )
+    assert (ids.dtype, values.dtype, ranks.dtype) == (torch.int64, torch.float32, torch.int64)
+    expected = logits.double().log_softmax(-1)
+    best = expected.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(ids, torch.cat((chosen[:, None], best), 1))
+    assert torch.allclose(values.double(), expected.gather(1, ids), rtol=1e-6, atol=2e-5)
+    assert torch.equal(ranks, (expected > expected.gather(1, chosen[:, None])).sum(1) + 1)

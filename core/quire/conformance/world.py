@@ -117,6 +117,15 @@ def _noise(seed: int, heads: int, dim: int) -> Tensor:
     return torch.randn(heads, NOISE, dim, generator=torch.Generator().manual_seed(seed))
 
 
+def stored(x: Tensor, kv_dtype: str) -> Tensor:
+    """Keys or values [..., D] as a cache of ``kv_dtype`` keeps them. int8: integers with a scale for each token and head,
+    the largest magnitude 127; storing them again gives the same integers."""
+    if kv_dtype != "int8":
+        return x.to(torch_dtype(kv_dtype))
+    largest = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return (x.float() * (torch.full_like(largest, 127) / largest)).round() * (largest / 127)
+
+
 def _places(sequences: Iterable[tuple[int, range]]) -> Tensor:
     """Where in the noise the given positions of the given sequences are."""
     return torch.tensor([(who * 379 + p) % NOISE for who, positions in sequences for p in positions], dtype=torch.int64)
@@ -131,9 +140,11 @@ class Paper:
         self.starts = np.cumsum([0, *(r.context for r in rows)])
         context = _places((who, range(r.context)) for who, r in zip(whos, self.rows, strict=True))
         new = _places((who, range(r.context - r.new, r.context)) for who, r in zip(whos, self.rows, strict=True))
-        dtype, kv_dtype = torch_dtype(shape.dtype), torch_dtype(shape.kv_dtype)
+        dtype = torch_dtype(shape.dtype)
         # Rounded once here, so that every backend is given the same numbers.
-        kv = _noise(seed, 2 * shape.layers * shape.kv_heads, shape.head_dim)[:, context].to(dtype).to(kv_dtype)
+        kv = stored(
+            _noise(seed, 2 * shape.layers * shape.kv_heads, shape.head_dim)[:, context].to(dtype), shape.kv_dtype
+        )
         # [layers, contexts, Hkv, D] each
         self.keys, self.values = kv.view(2, shape.layers, shape.kv_heads, -1, shape.head_dim).transpose(2, 3)
         # Sharper than random, so that a wrong key shows.
@@ -248,5 +259,7 @@ def compare(backend: Backend, rows: Sequence[Row], shape: Shape, seed: int = 0) 
     """Attention of the backend over ``rows`` against float64, in every layer."""
     paper = Paper(rows, shape, seed)
     device, truth = Stage(backend, paper), Stage(Float64(), paper, "float64")
+    # In int8 a scale is found again from numbers that the dtype has rounded, and with it every number of the token.
+    factor = 3.0 if shape.kv_dtype == "int8" else 1.0
     for layer in range(shape.layers):
-        close(device.attend(layer), truth.attend(layer), shape.dtype, what=f"attention of layer {layer}")
+        close(device.attend(layer), truth.attend(layer), shape.dtype, factor, what=f"attention of layer {layer}")

@@ -14,6 +14,7 @@ from quire.hardware import Backend, DeviceOptions
 from quire.models.config import read_config
 from quire.models.family import find_family
 from quire.plugins import Registry, load, native
+from quire.quantization import FORMATS, HEAD
 from quire.scheduler.scheduler import Scheduler
 from quire.spec import ModelSpec, kv_spec
 from quire.weights.checkpoint import weight_bytes
@@ -53,6 +54,7 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     device = _open(backend, config)
     dtype = choose_dtype(config.dtype, hf_config, backend)
     kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
+    _check_quantization(backend, config.quantization)
     _check_cache(backend, config.cache.block_size, kv_dtype, spec)
     if config.scheduler.max_model_len > spec.max_positions:
         raise ConfigError(
@@ -61,8 +63,8 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     kv = kv_spec(spec, kv_dtype, config.cache.block_size, config.scheduler.max_model_len or None)
     maps = family.weights(hf_config)
     memory = plan_memory(
-        config, spec, kv, [backend.page_bytes(group) for group in kv.groups], weight_bytes(maps, dtype), dtype,
-        backend.memory(config.device_index),
+        config, spec, kv, [backend.page_bytes(group) for group in kv.groups],
+        weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings), dtype, backend.memory(config.device_index),
     )  # fmt: skip
     memory = replace(memory, device=device)
     scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
@@ -71,7 +73,10 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     from quire.layers.decoder import Decoder
     from quire.weights.load import load_weights
 
-    weights = load_weights(folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed)
+    weights = load_weights(
+        folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed,
+        quantization=config.quantization,
+    )  # fmt: skip
     runner = Runner(
         backend, Decoder(spec, weights, backend), kv, memory.pages, memory.host_pages, scheduler_config.max_num_seqs,
         memory.max_model_len, capture=not config.enforce_eager, compiler=_grammar_compiler(config, spec),
@@ -133,6 +138,18 @@ def choose_dtype(wanted: str, hf_config: dict, backend: Backend) -> str:
         return wanted
     stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     return next(d for d in (stored, "bfloat16", "float32", *sorted(available)) if d in available)
+
+
+def _check_quantization(backend: Backend, wanted: str | None) -> None:
+    offered = backend.capabilities.quantization
+    if wanted is None or {wanted, HEAD} <= offered:
+        return
+    raise UnsupportedOnDevice(
+        backend.name,
+        f"--quantization {wanted}",
+        f"it offers {', '.join(sorted(offered)) or 'none'}",
+        [*(f"--quantization {name}" for name in sorted(offered & set(FORMATS))), "no --quantization"],
+    )
 
 
 def _check_cache(backend: Backend, block_size: int, kv_dtype: str, spec: ModelSpec) -> None:

@@ -149,5 +149,5 @@ def _refusal(plan: MemoryPlan, needed: int, what: str) -> str:
         f"but the budget is {size(plan.budget)} ({plan.budget_reason}; {size(plan.memory.free)} free of "
         f"{size(plan.memory.total)}), which leaves {size(max(left, 0))} for the KV cache. What would make it fit: a smaller "
         f"--max-model-len, --max-num-batched-tokens or --max-num-seqs, a larger --gpu-memory-utilization or "
-        f"--kv-cache-memory-bytes, --dtype bfloat16, or a smaller model"
+        f"--kv-cache-memory-bytes, --dtype bfloat16, --quantization, or a smaller model"
     )

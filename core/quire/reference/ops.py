@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quire.hardware import UnsupportedOnDevice
-from quire.reference import accumulation_dtype
+from quire.reference import accumulation_dtype, quantize
 from quire.spec import NormSpec
 
 if TYPE_CHECKING:
@@ -44,14 +44,19 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def pack_weight(raw: Mapping[str, Tensor], format: str, backend: Backend) -> Tensor:
-    """``dense``: raw["weight"] [out, in], or [experts, out, in] for :func:`moe`, contiguous on the device.
+    """``dense``: raw["weight"] [out, in], or [experts, out, in] for :func:`moe`, contiguous on the device. One of
+    ``quantize.FORMATS``: what is left of it after rounding, in its own dtype, which shows the error and saves nothing.
 
-    A tensor that is there already, for example memory-mapped from a file, is not copied. Raises UnsupportedOnDevice
-    for another format.
+    A dense tensor that is there already, for example memory-mapped from a file, is not copied. Raises
+    UnsupportedOnDevice for another format.
     """
-    if format != "dense":
-        raise UnsupportedOnDevice(backend.name, "pack_weight", f"the weight format '{format}' is unknown", ("dense",))
-    return raw["weight"].to(backend.device).contiguous()
+    weight = raw["weight"].to(backend.device)
+    if format == "dense":
+        return weight.contiguous()
+    if format not in quantize.FORMATS:
+        known = ("dense", *quantize.FORMATS)
+        raise UnsupportedOnDevice(backend.name, "pack_weight", f"the weight format '{format}' is unknown", known)
+    return quantize.rounded(weight, quantize.FORMATS[format])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -81,6 +81,35 @@ def log_sum_exp(logits: Tensor) -> Tensor:
     return best.double() + torch.log(total / ONE)
 
 
+def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits float32 [N, V]: (ids int64 [N, 1 + count], log-probabilities float32 of them, rank int64 [N] of chosen).
+
+    ids are ``chosen`` (int64 [N]) and then the ``count`` likeliest tokens, the lower id first among equals. A rank counts
+    the logits above the chosen one, from 1. The logarithm of the softmax, by :func:`log_sum_exp`: an entry does not
+    depend on the other rows, nor on ``count``. A row whose largest logit is not finite gives NaN, and whatever ids.
+    """
+    parts = []
+    step = max(1, ELEMENTS // logits.shape[1])
+    for start in range(0, max(len(logits), 1), step):
+        some, picks = logits[start : start + step], chosen[start : start + step, None]
+        ids = torch.cat((picks, likeliest(some, count)), dim=1)
+        values = (some.gather(1, ids).double() - log_sum_exp(some)[:, None]).float()
+        parts.append((ids, values, (some > some.gather(1, picks)).sum(dim=1) + 1))
+    columns = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return columns[0], columns[1], columns[2]
+
+
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """Ids int64 [N, count] of the largest of logits float32 [N, V], best first; the lower id first among equals."""
+    if count == 0:
+        return torch.empty((len(logits), 0), dtype=torch.int64, device=logits.device)
+    bits = (logits.float() + 0.0).view(torch.int32)  # adding zero turns -0.0 into 0.0
+    ordered = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long()  # an integer order that is the order of the floats
+    reversed_ids = torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+    keys = (ordered << 32) | reversed_ids
+    return keys.topk(min(count, logits.shape[1]), dim=1).indices
+
+
 def _draw(logits: Tensor, best: Tensor, settings: SamplingBatch, rows: Tensor) -> Tensor:
     """Tokens of a few rows with a temperature; ``rows`` is where their settings stand."""
     weight = weights(logits, best, settings.temperature[rows].to(logits.dtype))

@@ -89,7 +89,7 @@ class Sampler:
         if raw is not None:
             chosen = tokens if len(asking) == len(rows) else tokens[self._ids(asking)]
             counts = [self.state.rows[int(r)].params.logprobs or 0 for r in rows[asking]]
-            entries = token_logprobs(raw, chosen.clamp(min=0), counts)
+            entries = token_logprobs(self.backend, raw, chosen.clamp(min=0), counts)
             for i, entry in zip(asking.tolist(), entries, strict=True):
                 result.logprobs[i] = entry
         for i in [i for i, token in enumerate(result.token_ids) if token < 0]:
@@ -100,7 +100,7 @@ class Sampler:
     def prompt_logprobs(self, logits: Tensor, next_ids: NDArray[np.int64], row: int) -> list[TokenLogprobs]:
         """Scores of the prompt tokens next_ids[i] that follow the positions of logits float32 [T, V], for ``row``."""
         count = self.state.rows[row].params.prompt_logprobs or 0
-        return token_logprobs(logits, self._ids(next_ids), [count] * len(next_ids))
+        return token_logprobs(self.backend, logits, self._ids(next_ids), [count] * len(next_ids))
 
     def _settings(self, rows: NDArray[np.int64], positions: NDArray[np.int64]) -> SamplingBatch:
         """The device's view of the rows' settings, kept while the same rows are sampled, and this step's noise."""

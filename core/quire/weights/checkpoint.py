@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.errors import ModelError
 from quire.models.family import Part, WeightMap
+from quire.quantization import FORMATS, HEAD, format_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,9 +192,18 @@ def _stored(file: Path, data: int, entry: Mapping[str, Any]) -> Stored:
     return Stored(file, dtype, shape, data + begin, end - begin)
 
 
-def weight_bytes(weights: Iterable[WeightMap], dtype: str) -> int:
-    """What a model's weights take in ``dtype``, by arithmetic; a tied head counts once."""
-    return sum(math.prod(weight.shape) for weight in weights) * _ITEMSIZE[dtype]
+def weight_bytes(weights: Iterable[WeightMap], dtype: str, quantization: str | None = None, tied: bool = False) -> int:
+    """What a model's weights take, by arithmetic: in ``dtype``, matrices in the format of ``quantization``. A tied head
+    counts once, unless it is rounded and the embedding is not."""
+    total = 0
+    for weight in weights:
+        if quantization is not None and weight.kind == "matrix":
+            total += FORMATS[format_of(weight, quantization)].bytes(weight.shape)
+        else:
+            total += math.prod(weight.shape) * _ITEMSIZE[dtype]
+        if quantization is not None and tied and weight.field == "embedding":
+            total += FORMATS[HEAD].bytes(weight.shape)
+    return total
 
 
 def _some(names: Sequence[str]) -> str:

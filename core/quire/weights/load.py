@@ -17,6 +17,7 @@ from quire.errors import ModelError
 from quire.hardware import Backend
 from quire.layers.rotary import rotary_table
 from quire.models.family import WeightMap
+from quire.quantization import HEAD, format_of
 from quire.reference import torch_dtype
 from quire.spec import (
     AttentionWeights,
@@ -41,12 +42,14 @@ def load_weights(
     load_format: str = "auto",
     seed: int = 0,
     progress: bool | None = None,
+    quantization: str | None = None,
 ) -> ModelWeights:
     """Read ``weights`` (a family's map) from ``folder`` into ``dtype`` and pack them on the backend's device.
 
     ``load_format`` ``dummy`` draws small random weights from ``seed`` instead and needs no folder; ``auto`` and
-    ``safetensors`` read files. ``progress``: show a bar; None: when standard error is a terminal. At any time there
-    is at most one weight more in memory than the device keeps. Raises ModelError, naming the tensor.
+    ``safetensors`` read files. ``progress``: show a bar; None: when standard error is a terminal. ``quantization``: a
+    name of ``quire.quantization.FORMATS`` that matrices are rounded to. At any time there is at most one weight more in
+    memory than the device keeps. Raises ModelError, naming the tensor.
     """
     if load_format not in ("auto", "safetensors", "dummy"):
         raise ModelError(f"load_format = {load_format!r}: must be auto, safetensors or dummy")
@@ -61,20 +64,23 @@ def load_weights(
             checkpoint.check(weights, spec.tied_embeddings)
             read = lambda weight: _stored_tensor(checkpoint, weight, torch_type)  # noqa: E731
         advance = stack.enter_context(_bar(weight_bytes(weights, dtype), progress))
-        return _assemble(weights, spec, backend, read, advance, max_model_len)
+        return _assemble(weights, spec, backend, read, advance, max_model_len, quantization)
 
 
 def _assemble(
     weights: Sequence[WeightMap], spec: ModelSpec, backend: Backend, read: Read, advance: Callable[[int], None],
-    max_model_len: int,
+    max_model_len: int, quantization: str | None,
 ) -> ModelWeights:  # fmt: skip
     fields: dict[tuple[str, int], dict[str, Any]] = defaultdict(dict)
     for weight in weights:
         tensor = read(weight)
         advance(tensor.nbytes)
-        matrix = weight.kind == "matrix"
-        packed = backend.pack_weight({"weight": tensor}) if matrix else tensor.to(backend.device)
-        fields[weight.owner, weight.layer][weight.field] = packed
+        fields[weight.owner, weight.layer][weight.field] = (
+            backend.pack_weight({"weight": tensor}, format_of(weight, quantization))
+            if weight.kind == "matrix"
+            else tensor.to(backend.device)
+        )
+        del tensor
     tables: dict[RotarySpec, Tensor] = {}
     layers = []
     for index, layer in enumerate(spec.layers):
@@ -85,7 +91,7 @@ def _assemble(
         layers.append(LayerWeights(attention, MlpWeights(**fields["mlp", index])))
     model = fields["model", -1]
     if spec.tied_embeddings:
-        model["head"] = backend.pack_weight({"weight": model["embedding"]})
+        model["head"] = backend.pack_weight({"weight": model["embedding"]}, HEAD if quantization else "dense")
     return ModelWeights(**model, layers=layers)
 
 

@@ -2,9 +2,11 @@
 // (isa/attention.cpp) agree on.
 //
 // A page holds, for each KV head, its keys and then its values, both in blocks of 16 tokens:
-//   keys    [block][step over channels][16 tokens]   a step is a pair of channels in bf16, one channel in float32
-//   values  [block][step over tokens][channels]      a step is a pair of tokens in bf16, one token in float32
-// in units of 4 bytes. So 16 scores, or 16 channels of the result, lie side by side in both products, and a query or a
+//   keys    [block][step over channels][16 tokens]   a step is as many channels as fit in 4 bytes: 1, 2 or 4
+//   values  [block][step over tokens][channels]      a step is as many tokens
+// in units of 4 bytes. In 8 bits each token and head has a float32 scale for its key and one for its value; those of a
+// block's 16 tokens stand at its end. Integers become floats as they are multiplied; the scale of a key multiplies its
+// score, that of a value its weight. So 16 scores, or 16 channels of the result, lie side by side in both products, and a query or a
 // weight is broadcast to them: the same inner loop as linear's. Channels of values are padded to a multiple of 16.
 //
 // Softmax. Keys are taken in tiles of 256 counted from position 0. A query row gets from each tile it sees a maximum, a
@@ -20,14 +22,22 @@ namespace quire {
 constexpr int key_block = 16;
 constexpr int key_tile = 256;
 
+enum class KVType : int { f32 = 0, bf16 = 1, f16 = 2, s8 = 3 };
+QUIRE_CONST int kv_bytes(KVType t) { return t == KVType::f32 ? 4 : t == KVType::s8 ? 1 : 2; }
+
 // Shape and place of the pool of a KV group. Bytes.
 struct KVLayout {
-    DType type;
+    KVType type;
     int kv_heads, head_dim, page_size;
 
+    QUIRE_CONST int per_step() const { return 4 / kv_bytes(type); }
+    QUIRE_CONST int64_t scale_bytes() const { return type == KVType::s8 ? key_block * 4 : 0; }
     QUIRE_CONST int64_t value_dim() const { return (head_dim + 15) / 16 * 16; }
-    QUIRE_CONST int64_t key_block_bytes() const { return int64_t(key_block) * head_dim * dtype_bytes(type); }
-    QUIRE_CONST int64_t value_block_bytes() const { return int64_t(key_block) * value_dim() * dtype_bytes(type); }
+    // Of the numbers of a block: its scales come next.
+    QUIRE_CONST int64_t key_data_bytes() const { return (head_dim + per_step() - 1) / per_step() * key_block * 4; }
+    QUIRE_CONST int64_t value_data_bytes() const { return key_block * value_dim() * kv_bytes(type); }
+    QUIRE_CONST int64_t key_block_bytes() const { return key_data_bytes() + scale_bytes(); }
+    QUIRE_CONST int64_t value_block_bytes() const { return value_data_bytes() + scale_bytes(); }
     QUIRE_CONST int64_t values_offset() const { return page_size / key_block * key_block_bytes(); }
     QUIRE_CONST int64_t head_bytes() const { return page_size / key_block * (key_block_bytes() + value_block_bytes()); }
     QUIRE_CONST int64_t page_bytes() const { return kv_heads * head_bytes(); }

@@ -31,6 +31,10 @@ struct Kernels {
     void (*prepare_tokens)(const QkvArgs& args, int64_t token0, int64_t token1);
     void (*gate_rows)(const GatedArgs& args, int64_t row0, int64_t row1);
     int64_t (*argmax_row)(const float* x, int64_t columns);
+    // Whole rows of logits: see sampling.h.
+    void (*logit_peaks)(const float* x, int64_t columns, float* peaks);
+    void (*logit_weights)(const float* x, int64_t n, float best, float temperature, float least, float* weights);
+    void (*weight_sums)(const float* x, int64_t columns, float best, float temperature, float least, double* sums);
     // Limits of the machine: the sum of what is read; operations done.
     float (*probe_read)(const char* data, int64_t bytes);
     double (*probe_dot)(DType type, int64_t repeats);

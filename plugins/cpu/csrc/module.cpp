@@ -15,6 +15,7 @@
 #include "pointwise.h"
 #include "pool.h"
 #include "quant.h"
+#include "sampling.h"
 #include "tape.h"
 
 namespace nb = nanobind;
@@ -68,6 +69,11 @@ void bind_quant(nb::module_& m) {
               pack_weight(shape, at<uint8_t>(q), at<float>(scales), at<uint8_t>(zeros), at<char>(packed));
           },
           "shape"_a, "q"_a, "scales"_a, "zeros"_a, "packed"_a, Unlocked());
+    m.def("quant_pack_rounded",
+          [](const QuantShape& shape, const Rows& w, Address packed) {
+              pack_rounded(shape, matrix(w), at<char>(packed));
+          },
+          "shape"_a, "w"_a, "packed"_a, Unlocked());
     m.def("quant_linear",
           [](const QuantShape& shape, const Rows& x, int64_t rows, Address weight, int activation, const Rows& bias,
              const Rows& residual, const Rows& out) {
@@ -83,7 +89,7 @@ void bind_attention(nb::module_& m) {
     nb::class_<KVLayout>(m, "KVLayout", "Shape of the pages of a KV group.")
         .def("__init__",
              [](KVLayout* self, int type, int kv_heads, int head_dim, int page_size) {
-                 new (self) KVLayout{DType(type), kv_heads, head_dim, page_size};
+                 new (self) KVLayout{KVType(type), kv_heads, head_dim, page_size};
              },
              "type"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a)
         .def_prop_ro("page_bytes", &KVLayout::page_bytes);
@@ -168,6 +174,26 @@ void bind_pointwise(nb::module_& m) {
           "x"_a, "rows"_a, "columns"_a, "out"_a, Unlocked());
 }
 
+void bind_sampling(nb::module_& m) {
+    m.def("sample",
+          [](const Rows& logits, int64_t rows, int64_t columns, Address temperature, Address top_k, Address top_p,
+             Address min_p, Address uniform, Address out) {
+              sample({matrix(logits), columns, at<float>(temperature), at<int32_t>(top_k), at<float>(top_p),
+                      at<float>(min_p), at<double>(uniform), at<int64_t>(out)},
+                     rows);
+          },
+          "logits"_a, "rows"_a, "columns"_a, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "uniform"_a, "out"_a,
+          Unlocked());
+    m.def("logprobs",
+          [](const Rows& logits, int64_t rows, int64_t columns, Address chosen, int64_t count, Address ids,
+             Address values, Address ranks) {
+              logprobs({matrix(logits), columns, at<int64_t>(chosen), count, at<int64_t>(ids), at<float>(values),
+                        at<int64_t>(ranks)},
+                       rows);
+          },
+          "logits"_a, "rows"_a, "columns"_a, "chosen"_a, "count"_a, "ids"_a, "values"_a, "ranks"_a, Unlocked());
+}
+
 // Seconds for all threads to read the buffer once.
 double read_seconds(const Buffer& buffer) {
     const int64_t block = 1 << 20, blocks = int64_t(buffer.size()) / block;
@@ -218,6 +244,7 @@ NB_MODULE(_native, m) {
     bind_quant(m);
     bind_attention(m);
     bind_pointwise(m);
+    bind_sampling(m);
     bind_tape(m);
     bind_probes(m);
 }

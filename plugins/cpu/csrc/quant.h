@@ -62,6 +62,10 @@ struct QuantCall {
 size_t packed_bytes(const QuantShape& shape);
 // q [n, k] bytes, below 16 for 4 bits; scales [n, groups]; zeros [n, groups] bytes or null: then 2^(bits - 1).
 void pack_weight(const QuantShape& shape, const uint8_t* q, const float* scales, const uint8_t* zeros, char* packed);
+// Rounds W [n, k] (rows of float32 or bf16) and packs it, a group at a time: nothing of W's size is needed in between.
+// As quantize() of the reference: 8 bits make the largest magnitude of a group 127; 4 bits try four scales and keep the
+// one with the least squared error. A group that holds a NaN or an infinity gets a scale of NaN. No zero points.
+void pack_rounded(const QuantShape& shape, const Matrix& w, char* packed);
 void linear(const QuantCall& call);
 
 }  // namespace quire

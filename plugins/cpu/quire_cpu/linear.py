@@ -160,7 +160,7 @@ def _library_layout(weight: Tensor) -> Tensor | None:
 def pack(raw: Mapping[str, Tensor], format: str, exactness: Exactness) -> PackedWeight | list[PackedWeight]:
     """raw["weight"] [out, in], or [experts, out, in]: then one packed weight an expert."""
     if format != "dense":
-        raise UnsupportedOnDevice("cpu", "pack_weight", f"the weight format '{format}' is unknown", ("dense",))
+        raise UnsupportedOnDevice("cpu", "pack_weight", f"it has no weight format '{format}'", ("dense",))
     weight = raw["weight"]
     if weight.dim() == 3:
         return [PackedWeight(one, exactness) for one in weight]

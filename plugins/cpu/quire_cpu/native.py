@@ -16,15 +16,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from quire.hardware import SamplingBatch
 from quire_cpu import _native
 from quire_cpu._native import isa, isas, set_isa, threads
 
 __all__ = [
     "PackedLinear", "QuantizedLinear", "argmax", "embed", "gated_act", "gated_linear", "isa", "isas", "layer_norm",
-    "linear", "pack_integers", "pack_linear", "pack_quantized", "quantize", "rms_norm", "set_isa", "set_threads",
+    "linear", "logprobs", "pack_integers", "pack_linear", "pack_quantized", "rms_norm", "sample", "set_isa", "set_threads",
     "threads",
 ]  # fmt: skip
 
@@ -179,41 +179,16 @@ def pack_integers(q: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, gr
     return QuantizedLinear(n, k, bits, group, native_shape, buffer)
 
 
-def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """(q uint8 [n, k], scales float32 [n, k / group]) with weight ~ (q - 2**(bits - 1)) * scales.
-
-    8 bits: the largest magnitude of a group becomes 127. 4 bits: of a few scales around those that make the largest
-    magnitude -8 or 7, the one with the least squared error.
-    """
-    n, k = weight.shape
-    middle = 1 << (bits - 1)
-    grouped = F.pad(weight.float(), (0, -k % group)).view(n, -1, group)
-    extreme = grouped.gather(2, grouped.abs().argmax(dim=2, keepdim=True))  # [n, groups, 1], with its sign
-    ranges = (middle - 1.0,) if bits == 8 else (-8.0, -8.7, 7.0, 7.7)
-    best, scales = _round_to(grouped, extreme, ranges[0], middle)
-    best_error = (best * scales - grouped).square_().sum(dim=2, keepdim=True) if ranges[1:] else best
-    for most in ranges[1:]:
-        q, scale = _round_to(grouped, extreme, most, middle)
-        error = (q * scale - grouped).square_().sum(dim=2, keepdim=True)
-        better = error < best_error
-        best, scales, best_error = q.where(better, best), scale.where(better, scales), error.where(better, best_error)
-    return best.add_(middle).to(torch.uint8).view(n, -1)[:, :k], scales.squeeze(2)
-
-
-def _round_to(grouped: Tensor, extreme: Tensor, most: float, middle: int) -> tuple[Tensor, Tensor]:
-    """(integers, scale) of each group when its largest magnitude is to become ``most``; a negative one keeps its sign."""
-    scale = extreme / most if most < 0 else extreme.abs() / most
-    return (grouped / scale.where(scale != 0, 1.0)).round_().clamp_(-middle, middle - 1), scale
-
-
 def pack_quantized(weight: Tensor, bits: int, group: int) -> QuantizedLinear:
-    """weight [n, k], quantized and packed; rows a few at a time, so that little memory is needed beside the result."""
+    """weight [n, k] rounded as the contract's ``reference.quantize`` says, and packed; group by group, so that no memory
+    is needed beside the result."""
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [out, in]")
     n, k = weight.shape
-    q, scales = torch.empty(n, k, dtype=torch.uint8), torch.empty(n, -(-k // group))
-    for rows in range(0, n, 4096):
-        part = slice(rows, min(rows + 4096, n))
-        q[part], scales[part] = quantize(weight[part], bits, group)
-    return pack_integers(q, scales, None, bits, group)
+    shape = _native.QuantShape(n, k, bits, group, False)
+    buffer = _native.Buffer(shape.bytes)
+    _native.quant_pack_rounded(shape, rows_of("weight", check_rows("weight", weight, (n, k))), buffer.address)
+    return QuantizedLinear(n, k, bits, group, shape, buffer)
 
 
 def linear(
@@ -347,9 +322,51 @@ def argmax(logits: Tensor) -> Tensor:
 
     -1 for a row in which that value is not finite, or that has a NaN.
     """
-    if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.shape[1]:
-        raise ValueError(f"logits must be float32 [N, V], got {logits.dtype} {tuple(logits.shape)}")
-    logits = check_rows("logits", logits, tuple(logits.shape))
+    logits = _logits(logits)
     out = empty((len(logits),), torch.int64)
     _native.argmax(rows_of("logits", logits), len(logits), logits.shape[1], out.data_ptr())
     return out
+
+
+def sample(logits: Tensor, settings: SamplingBatch) -> Tensor:
+    """One token a row of logits float32 [N, V] -> int64 [N], as the contract's ``sample``; -1 for a row that has none.
+
+    Reads a row once, and once more for V exponentials unless top-k says what is kept (csrc/sampling.h); no sort.
+    """
+    logits = _logits(logits)
+    rows = len(logits)
+    columns = {
+        "temperature": (settings.temperature, torch.float32), "top_k": (settings.top_k, torch.int32),
+        "top_p": (settings.top_p, torch.float32), "min_p": (settings.min_p, torch.float32),
+        "uniform": (settings.uniform, torch.float64),
+    }  # fmt: skip
+    for name, (column, dtype) in columns.items():
+        if column.shape != (rows,) or column.dtype != dtype or not column.is_contiguous():
+            raise ValueError(f"{name} is {column.dtype} {tuple(column.shape)}, expected {dtype} ({rows},), contiguous")
+    out = torch.empty(rows, dtype=torch.int64)
+    addresses = [column.data_ptr() for column, _ in columns.values()]
+    _native.sample(rows_of("logits", logits), rows, logits.shape[1], *addresses, out.data_ptr())
+    return out
+
+
+def logprobs(logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids int64 [N, 1 + count], log-probabilities float32 of them, ranks int64 [N]), as the contract's ``logprobs``."""
+    logits = _logits(logits)
+    rows, vocabulary = logits.shape
+    if chosen.shape != (rows,) or chosen.dtype != torch.int64 or not 0 <= count <= vocabulary:
+        raise ValueError(f"chosen is {chosen.dtype} {tuple(chosen.shape)} and count {count} of {vocabulary}")
+    if rows and not 0 <= int(chosen.min()) <= int(chosen.max()) < vocabulary:
+        raise IndexError(f"a chosen token is not in a vocabulary of {vocabulary}")
+    ids = torch.empty(rows, 1 + count, dtype=torch.int64)
+    values, ranks = torch.empty(ids.shape), torch.empty(rows, dtype=torch.int64)
+    _native.logprobs(
+        rows_of("logits", logits), rows, vocabulary, chosen.contiguous().data_ptr(), count, ids.data_ptr(),
+        values.data_ptr(), ranks.data_ptr(),
+    )  # fmt: skip
+    return ids, values, ranks
+
+
+def _logits(logits: Tensor) -> Tensor:
+    if logits.dtype != torch.float32 or logits.dim() != 2 or not logits.shape[1]:
+        raise ValueError(f"logits must be float32 [N, V], got {logits.dtype} {tuple(logits.shape)}")
+    return check_rows("logits", logits, tuple(logits.shape))

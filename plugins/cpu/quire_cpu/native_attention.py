@@ -10,11 +10,12 @@ from torch import Tensor
 
 from quire.hardware import AttentionBatch, AttentionSpec, AttentionWeights, KVGroupSpec, KVSpec
 from quire_cpu import _native
-from quire_cpu.native import DTYPES, NOTHING, as_tensor, check_rows, empty, rows_of
+from quire_cpu.native import NOTHING, as_tensor, check_rows, empty, rows_of
 
 KEY_BLOCK = 16  # tokens; a page holds whole blocks
 _NO_WINDOW = 1 << 40
-_DTYPE_NAMES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KV_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
+"""What pages hold. int8: with a float32 scale for each key and value of a token and head, (D + 4) / (2 D) of bfloat16."""
 
 
 @dataclass
@@ -47,9 +48,9 @@ def _layout(group: KVGroupSpec) -> _native.KVLayout:
         raise ValueError(f"page_size is {group.page_size}, but native pages hold a multiple of {KEY_BLOCK} tokens")
     if not 1 <= group.head_dim <= 256:
         raise ValueError(f"head_dim is {group.head_dim}, but the native kernels take at most 256")
-    if group.dtype not in _DTYPE_NAMES:
-        raise ValueError(f"the KV dtype is {group.dtype}, but the native kernels take {', '.join(_DTYPE_NAMES)}")
-    return _native.KVLayout(DTYPES[_DTYPE_NAMES[group.dtype]], group.kv_heads, group.head_dim, group.page_size)
+    if group.dtype not in KV_DTYPES:
+        raise ValueError(f"the KV dtype is {group.dtype}, but the native kernels take {', '.join(KV_DTYPES)}")
+    return _native.KVLayout(KV_DTYPES[group.dtype], group.kv_heads, group.head_dim, group.page_size)
 
 
 def page_bytes(group: KVGroupSpec) -> int:
@@ -68,7 +69,7 @@ def allocate_kv(spec: KVSpec, pages: Sequence[int]) -> PagedKV:
 
 
 def write_kv(kv: PagedKV, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
-    """Store k, v [T, Hkv, D] at the batch's slots, in the pool's dtype."""
+    """Store k, v [T, Hkv, D] at the batch's slots, in the pool's dtype; in int8, rounded with scales of their own."""
     group, address = kv.address(layer)
     spec, slots = kv.spec.groups[group], batch.slots[group]
     shape = (k.shape[0], spec.kv_heads, spec.head_dim)
@@ -143,7 +144,9 @@ def attention(
     """q [T, Hq, D] against the paged KV of ``layer`` -> [T, Hq, D] in q's dtype.
 
     With bfloat16 queries and pages, the softmax's weights are rounded to bfloat16 for the product with the values, as
-    FlashAttention does (Dao et al. 2022, https://arxiv.org/abs/2205.14135); sums are float32 throughout.
+    FlashAttention does (Dao et al. 2022, https://arxiv.org/abs/2205.14135); sums are float32 throughout, and so is
+    everything else for other pages. A decode step reads each key and value once, and does 4 D operations for each
+    query head and key.
     """
     group, address = kv.address(layer)
     pages, tables = kv.spec.groups[group], plan.batch.block_tables[group]

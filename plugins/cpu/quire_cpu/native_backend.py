@@ -24,14 +24,14 @@ from quire.hardware import (
     NormSpec,
     SamplingBatch,
     UnsupportedOnDevice,
+    reference,
 )
 from quire_cpu import memory, native
 from quire_cpu import native_attention as attention
 from quire_cpu.backend import CpuBackend
 from quire_cpu.native_capture import capture
 
-QUANTIZATION = {"int8": (8, 128), "int4": (4, 64)}
-"""Formats that :meth:`NativeCpuBackend.pack_weight` rounds a plain weight to: bits, and columns that share a scale."""
+FORMATS = reference.quantize.FORMATS
 
 
 class NativeCpuBackend(CpuBackend):
@@ -40,7 +40,7 @@ class NativeCpuBackend(CpuBackend):
 
     capabilities = dataclasses.replace(
         CpuBackend.capabilities, page_sizes=frozenset({16, 32, 64, 128, 256}), head_sizes=(8, 256), graphs=True,
-        quantization=frozenset(QUANTIZATION),
+        quantization=frozenset(FORMATS), kv_dtypes=frozenset(attention.KV_DTYPES),
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class NativeCpuBackend(CpuBackend):
         if threads < 1:
             raise UnsupportedOnDevice(self.name, "open", f"threads is {threads}, at least 1 is needed")
         native.set_threads(threads)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)  # what torch still does is small: threads of its own would take cores from ours
 
     def capture(self, fn: Callable[[], Tensor], static_inputs: Sequence[Tensor]) -> CapturedStep | None:
         return capture(fn, self._arena)
@@ -85,16 +85,20 @@ class NativeCpuBackend(CpuBackend):
 
     # -- weights and pointwise operations --------------------------------------------------------------------------
     def pack_weight(self, raw: Mapping[str, Tensor], format: str = "dense") -> Any:
-        """``dense``, or the same weight rounded to integers of 8 or 4 bits with a scale for each row and so many columns;
-        inputs are then rounded to 8 bits when a product is made."""
-        if format != "dense" and format not in QUANTIZATION:
-            known = ("dense", *sorted(QUANTIZATION))
+        """``dense``, or the same weight rounded to a format of the contract; the inputs of a product with it are rounded to
+        8 bits, with a scale for each row and group of columns, and the products of a group are added up exactly.
+
+        A decode step reads each weight once (1 byte and 1/32 of one in int8, 5/8 of a byte in int4) and does two
+        operations for each weight and row.
+        """
+        if format != "dense" and format not in FORMATS:
+            known = ("dense", *FORMATS)
             raise UnsupportedOnDevice(self.name, "pack_weight", f"the weight format '{format}' is unknown", known)
 
         def pack(weight: Tensor) -> native.PackedLinear | native.QuantizedLinear:
             if format == "dense":
                 return native.pack_linear(weight)
-            return native.pack_quantized(weight, *QUANTIZATION[format])
+            return native.pack_quantized(weight, FORMATS[format].bits, FORMATS[format].group)
 
         weight = raw["weight"]
         return [pack(one) for one in weight] if weight.dim() == 3 else pack(weight)
@@ -135,10 +139,10 @@ class NativeCpuBackend(CpuBackend):
         return out.to(x.dtype)
 
     def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
-        if not settings.all_greedy:
-            return super().sample(logits, settings)
-        # The maximum of a row that holds a NaN is NaN: such a row, like one without a finite logit, has no token.
-        return torch.where(torch.isfinite(logits.amax(dim=-1)), native.argmax(logits), -1)
+        return native.argmax(logits) if settings.all_greedy else native.sample(logits, settings)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        return native.logprobs(logits, chosen, count)
 
     # -- compound operations ---------------------------------------------------------------------------------------
     def _norm(self, x: Tensor, weight: Any, spec: NormSpec, residual: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -186,14 +186,27 @@ const char* clean_block(const KVLayout& layout, const char* block, int64_t begin
     return copy;
 }
 
+// The blocks of a tile of keys: pointers for the visible ones, values cleaned at the borders.
+struct Blocks {
+    int first, last;
+    const char *k[blocks_of_tile + 1], *v[blocks_of_tile + 1];
+};
+
+// The scales of W keys (or values) of a tile, key i the first of them.
+QUIRE_INLINE VF scales_of(const char* const* blocks, int i, int64_t data_bytes) {
+    return load(reinterpret_cast<const float*>(blocks[i / key_block] + data_bytes) + i % key_block);
+}
+
 // Scores to weights for one row: scale, cap, hide, exp(score - maximum). Leaves them packed; returns maximum and sum.
 template <class Dot>
-void soften(const AttentionArgs& a, float* scores, int first, int last, int64_t begin, int64_t end, char* packed,
+void soften(const AttentionArgs& a, const Blocks& blocks, float* scores, int64_t begin, int64_t end, char* packed,
             int64_t packed_stride, float& maximum, float& sum) {
+    const int first = blocks.first, last = blocks.last;
     const VF scale = set1(a.scale), hidden = set1(minus_infinity);
     VF top = hidden;
     for (int i = first * key_block; i < last * key_block; i += W) {
         VF s = load(scores + i) * scale;
+        if constexpr (Dot::scaled) s = s * scales_of(blocks.k, i, a.layout.key_data_bytes());
         if (a.soft_cap != 0) s = set1(a.soft_cap) * tanh(s / set1(a.soft_cap));
         if (i < begin || i + W > end) s = keep(s, int(begin - i), int(end - i), hidden);
         store(scores + i, s);
@@ -208,6 +221,10 @@ void soften(const AttentionArgs& a, float* scores, int first, int last, int64_t 
         // Infinite or NaN scores must not reach what is hidden: there the weight is 0 whatever they are.
         if (i < begin || i + W > end) p = keep(p, int(begin - i), int(end - i), zero());
         total = total + p;
+        if constexpr (Dot::scaled) {  // 0 times the scale of a slot that nobody wrote may be NaN
+            p = p * scales_of(blocks.v, i, a.layout.value_data_bytes());
+            if (i < begin || i + W > end) p = keep(p, int(begin - i), int(end - i), zero());
+        }
         store(reinterpret_cast<typename Dot::X*>(packed + i / block * packed_stride) + i % block, p);
     }
     sum = reduce_add(total);
@@ -250,12 +267,6 @@ void write_out(const AttentionArgs& a, int64_t token, int64_t head, const float*
     }
 }
 
-// The blocks of a tile of keys: pointers for the visible ones, values cleaned at the borders.
-struct Blocks {
-    int first, last;
-    const char *k[blocks_of_tile + 1], *v[blocks_of_tile + 1];
-};
-
 template <class Dot>
 void find_blocks(const Work<Dot>& w, int64_t tile, Span seen, Blocks& blocks) {
     const int64_t base = tile * key_tile;
@@ -269,6 +280,7 @@ void find_blocks(const Work<Dot>& w, int64_t tile, Span seen, Blocks& blocks) {
     }
     blocks.k[blocks.last] = blocks.k[blocks.last - 1];  // scores are made for two blocks at a time
     blocks.v[blocks.last] = blocks.v[blocks.last - 1];
+    if (Dot::scaled) return;  // integers are never NaN
     const int64_t bytes = w.a.layout.value_block_bytes();
     const auto clean = [&](int b, char* copy) {
         blocks.v[b] = clean_block<Dot>(w.a.layout, blocks.v[b], begin - b * key_block, end - b * key_block, copy);
@@ -294,8 +306,8 @@ void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row
     const int64_t packed_block = int64_t(rows) * step_block * Dot::x_bytes;
     for (int r = 0; r < rows; r++) {
         const Span s = visible(a, w.position(row0 + r));
-        soften<Dot>(a, w.m.scores + r * score_stride, blocks.first, blocks.last, s.begin - base, s.end - base,
-                    w.m.weights + r * step_block * Dot::x_bytes, packed_block, maximum[r], sum[r]);
+        soften<Dot>(a, blocks, w.m.scores + r * score_stride, s.begin - base, s.end - base, w.m.weights +
+                    r * step_block * Dot::x_bytes, packed_block, maximum[r], sum[r]);
     }
     const int64_t step_bytes = channels * 4;
     int64_t c = 0;
@@ -387,13 +399,44 @@ void write_head(const KVLayout& layout, char* page, int64_t slot, const T* k, co
     const int64_t at = slot % layout.page_size, block = at / key_block, lane = at % key_block;
     const int dim = layout.head_dim;
     for (int c = 0; c < dim; c += W) store(row + c, load_first(k + c, dim - c));
-    for (int c = dim; c % per_step; c++) row[c] = 0;
+    for (int c = dim; c % per_step; c++) row[c] = E();
     char* keys = page + block * layout.key_block_bytes() + lane * 4;
     for (int c = 0; c < dim; c += per_step, keys += 64) memcpy(keys, row + c, 4);
     for (int c = 0; c < dim; c += W) store(row + c, load_first(v + c, dim - c));
     char* values = page + layout.values_offset() + block * layout.value_block_bytes();
     values += lane / per_step * layout.value_dim() * 4 + lane % per_step * sizeof(E);
     for (int c = 0; c < dim; c++, values += 4) memcpy(values, row + c, sizeof(E));
+}
+
+// One head of one token in 8 bits: integers to out[dim]; returns the scale, NaN if anything was not finite.
+template <class T>
+float round_head(const T* x, int dim, int8_t* out) {
+    VF top = zero(), odd = zero();
+    for (int c = 0; c < dim; c += W) {
+        const VF v = load_first(x + c, dim - c);
+        top = max(abs(v), top);
+        odd = odd + v * zero();
+    }
+    const float largest = reduce_max(top);
+    const VF inverse = set1(largest > 0 ? 127.0f / largest : 0.0f), most = set1(127.0f);
+    for (int c = 0; c < dim; c += W) store_s8(out + c, max(zero() - most, min(most, load_first(x + c, dim - c) * inverse)));
+    return largest / 127.0f + reduce_add(odd);
+}
+
+template <class T>
+void write_head_s8(const KVLayout& layout, char* page, int64_t slot, const T* k, const T* v) {
+    int8_t row[256 + W] = {};
+    const int64_t at = slot % layout.page_size, block = at / key_block, lane = at % key_block;
+    const int dim = layout.head_dim;
+    char* keys = page + block * layout.key_block_bytes();
+    float scale = round_head(k, dim, row);
+    memcpy(keys + layout.key_data_bytes() + lane * 4, &scale, 4);
+    for (int c = 0; c < dim; c += 4) memcpy(keys + c / 4 * 64 + lane * 4, row + c, 4);
+    char* values = page + layout.values_offset() + block * layout.value_block_bytes();
+    scale = round_head(v, dim, row);
+    memcpy(values + layout.value_data_bytes() + lane * 4, &scale, 4);
+    values += lane / 4 * layout.value_dim() * 4 + lane % 4;
+    for (int c = 0; c < dim; c++) values[c * 4] = char(row[c]);
 }
 
 template <class E, class T>
@@ -404,21 +447,31 @@ void write_tokens(const WriteKVArgs& a, int64_t token0, int64_t token1) {
         const T* k = static_cast<const T*>(a.k.data) + t * a.k.stride;
         const T* v = static_cast<const T*>(a.v.data) + t * a.v.stride;
         for (int h = 0; h < layout.kv_heads; h++, page += layout.head_bytes())
-            write_head<E, T>(layout, page, a.slots[t], k + h * layout.head_dim, v + h * layout.head_dim);
+            if constexpr (sizeof(E) == 1)
+                write_head_s8(layout, page, a.slots[t], k + h * layout.head_dim, v + h * layout.head_dim);
+            else write_head<E, T>(layout, page, a.slots[t], k + h * layout.head_dim, v + h * layout.head_dim);
     }
+}
+
+template <class E>
+void write_any(const WriteKVArgs& a, int64_t token0, int64_t token1) {
+    if (a.k.type == DType::bf16) write_tokens<E, bf16>(a, token0, token1);
+    else write_tokens<E, float>(a, token0, token1);
 }
 
 }  // namespace
 
 int64_t attention_scratch(const AttentionArgs& a, int rows) {
     const int64_t steps = (a.layout.head_dim + step_block) / step_block * step_block;
-    const int64_t per_row = partial_row(a.layout) * 4 + steps * 8;
+    const int64_t per_row = partial_row(a.layout) * 4 + steps * 8 + 256;
     const int64_t per_tile_row = (score_stride + key_tile + a.layout.value_dim()) * 4;
     return rows * per_row + 16 * per_tile_row + 2 * a.layout.value_block_bytes() + 1024;
 }
 
 void attention_task(const AttentionArgs& a, const AttentionTask& task, char* scratch) {
-    if (a.layout.type == DType::f32) return attend<DotF32>(a, task, scratch);
+    if (a.layout.type == KVType::f32) return attend<DotF32>(a, task, scratch);
+    if (a.layout.type == KVType::f16) return attend<DotF16>(a, task, scratch);
+    if (a.layout.type == KVType::s8) return attend<DotS8>(a, task, scratch);
     // Queries and weights stay float32 where the model is.
     if (a.q.type == DType::f32) return attend<DotBf16Wide>(a, task, scratch);
     attend<DotBf16>(a, task, scratch);
@@ -441,10 +494,12 @@ void attention_finish(const AttentionArgs& a, const AttentionTask& all, char* sc
 }
 
 void write_kv(const WriteKVArgs& a, int64_t token0, int64_t token1) {
-    const bool narrow = a.k.type == DType::bf16;
-    if (a.layout.type == DType::bf16)
-        return narrow ? write_tokens<bf16, bf16>(a, token0, token1) : write_tokens<bf16, float>(a, token0, token1);
-    return narrow ? write_tokens<float, bf16>(a, token0, token1) : write_tokens<float, float>(a, token0, token1);
+    switch (a.layout.type) {
+        case KVType::f32: return write_any<float>(a, token0, token1);
+        case KVType::bf16: return write_any<bf16>(a, token0, token1);
+        case KVType::f16: return write_any<half>(a, token0, token1);
+        case KVType::s8: return write_any<int8_t>(a, token0, token1);
+    }
 }
 
 }  // namespace quire::QUIRE_ISA

@@ -8,6 +8,7 @@ namespace quire::QUIRE_ISA {
 
 // float32 operands: a step is one element.
 struct DotF32 {
+    static constexpr bool scaled = false;  // whether w has scales besides (of KV in 8 bits)
     static constexpr int per_step = 1;  // elements of the reduced dimension
     static constexpr int x_bytes = 4;
     static constexpr int operand_registers = 1;
@@ -23,6 +24,7 @@ struct DotF32 {
 
 // Pairs of bf16 widened to float32, x widened when it was packed.
 struct DotBf16Wide {
+    static constexpr bool scaled = false;
     static constexpr int per_step = 2;
     static constexpr int x_bytes = 8;
     static constexpr int operand_registers = 2;
@@ -43,6 +45,7 @@ struct DotBf16Wide {
 #if defined(QUIRE_HAS_BF16_DOT)
 // Pairs of bf16 by the instruction that multiplies and adds a pair.
 struct DotBf16 {
+    static constexpr bool scaled = false;
     static constexpr int per_step = 2;
     static constexpr int x_bytes = 4;
     static constexpr int operand_registers = 1;
@@ -54,6 +57,35 @@ struct DotBf16 {
 #else
 using DotBf16 = DotBf16Wide;
 #endif
+
+// Pairs of float16, as pairs of bf16.
+struct DotF16 : DotBf16Wide {
+    QUIRE_INLINE Operand load_operand(const char* p) {
+        const VRaw raw = load_raw(p);
+        return {half_low(raw), half_high(raw)};
+    }
+};
+
+// Four signed bytes widened to float32, x in float32.
+struct DotS8 {
+    static constexpr bool scaled = true;
+    static constexpr int per_step = 4;
+    static constexpr int x_bytes = 16;
+    static constexpr int operand_registers = 4;
+    using X = float;
+    struct Operand { VF w[4]; };
+    QUIRE_INLINE Operand load_operand(const char* p) {
+        const VRaw raw = load_raw(p);
+        return {{signed_byte<0>(raw), signed_byte<1>(raw), signed_byte<2>(raw), signed_byte<3>(raw)}};
+    }
+    QUIRE_INLINE VF step(VF acc, Operand o, const char* x) {
+        float values[4];
+        memcpy(values, x, 16);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) acc = fma(o.w[i], set1(values[i]), acc);
+        return acc;
+    }
+};
 
 // One step of ROWS rows of x, `x_stride` bytes apart, with VECTORS vectors of w: one half of them from `w`, the other
 // from `w2`, each side by side.

@@ -28,6 +28,9 @@ const Kernels* QUIRE_JOIN(kernels_, QUIRE_ISA)() {
         prepare_tokens,
         gate_rows,
         argmax_row,
+        logit_peaks,
+        logit_weights,
+        weight_sums,
         probe_read,
         probe_dot,
     };

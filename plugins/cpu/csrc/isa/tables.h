@@ -21,6 +21,9 @@ void norm_rows(const NormArgs& args, int64_t row0, int64_t row1);
 void prepare_tokens(const QkvArgs& args, int64_t token0, int64_t token1);
 void gate_rows(const GatedArgs& args, int64_t row0, int64_t row1);
 int64_t argmax_row(const float* x, int64_t columns);
+void logit_peaks(const float* x, int64_t columns, float* peaks);
+void logit_weights(const float* x, int64_t n, float best, float temperature, float least, float* weights);
+void weight_sums(const float* x, int64_t columns, float best, float temperature, float least, double* sums);
 float probe_read(const char* data, int64_t bytes);
 double probe_dot(DType type, int64_t repeats);
 

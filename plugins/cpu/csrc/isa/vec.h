@@ -14,6 +14,10 @@
 
 #define QUIRE_INLINE static inline __attribute__((always_inline))
 
+namespace quire::QUIRE_ISA {
+struct half { uint16_t bits; };  // float16
+}
+
 #if defined(__AVX512F__)
 #include "vec_avx512.h"
 #elif defined(__AVX2__)

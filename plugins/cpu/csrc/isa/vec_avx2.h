@@ -62,6 +62,20 @@ QUIRE_INLINE VF pair_high(VRaw a) {
     return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(int(0xffff0000u))))};
 }
 
+QUIRE_INLINE VF half_low(VRaw a) {
+    const __m256i low = _mm256_and_si256(a.v, _mm256_set1_epi32(0xffff));
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0x08);
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(packed))};
+}
+QUIRE_INLINE VF half_high(VRaw a) { return half_low({_mm256_srli_epi32(a.v, 16)}); }
+template <int I>
+QUIRE_INLINE VF signed_byte(VRaw a) {
+    return {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a.v, 24 - 8 * I), 24))};
+}
+QUIRE_INLINE void store(half* p, VF a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
 QUIRE_INLINE VF load(const uint16_t* p) {
     const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};

@@ -56,6 +56,17 @@ QUIRE_INLINE VF pair_high(VRaw a) {
     return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(int(0xffff0000u))))};
 }
 
+// The same of two float16, and byte I of the unit, signed.
+QUIRE_INLINE VF half_low(VRaw a) { return {_mm512_cvtph_ps(_mm512_cvtepi32_epi16(a.v))}; }
+QUIRE_INLINE VF half_high(VRaw a) { return half_low({_mm512_srli_epi32(a.v, 16)}); }
+template <int I>
+QUIRE_INLINE VF signed_byte(VRaw a) {
+    return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(a.v, 24 - 8 * I), 24))};
+}
+QUIRE_INLINE void store(half* p, VF a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
 QUIRE_INLINE VF load(const uint16_t* p) {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};

@@ -72,6 +72,39 @@ QUIRE_INLINE float reduce_max(VF a) {
 QUIRE_INLINE VF pair_low(VRaw a) { return {(float4)(a.v << 16)}; }
 QUIRE_INLINE VF pair_high(VRaw a) { return {(float4)(a.v & 0xffff0000u)}; }
 
+QUIRE_INLINE VF half_low(VRaw a) {
+    const uint4 sign = (a.v & 0x8000u) << 16, magnitude = (a.v & 0x7fffu) << 13;
+    // The exponent is 112 too small, also for denormals; infinities and NaN keep the largest.
+    const uint4 finite = (uint4)((float4)magnitude * set1(5.192296858534828e33f).v);
+    const uint4 odd = (uint4)((a.v & 0x7c00u) == 0x7c00u);
+    return {(float4)(sign | (finite & ~odd) | ((magnitude | 0x7f800000u) & odd))};
+}
+QUIRE_INLINE VF half_high(VRaw a) { return half_low({a.v >> 16}); }
+template <int I>
+QUIRE_INLINE VF signed_byte(VRaw a) {
+    return {__builtin_convertvector((int4)(a.v << (24 - 8 * I)) >> 24, float4)};
+}
+QUIRE_INLINE uint16_t half_bits(float f) {
+    uint32_t x;
+    memcpy(&x, &f, 4);
+    const uint16_t sign = uint16_t(x >> 16 & 0x8000u);
+    x &= 0x7fffffffu;
+    if (x > 0x7f800000u) return sign | 0x7e00;   // NaN
+    if (x >= 0x47800000u) return sign | 0x7c00;  // 65536 and more
+    if (x < 0x38800000u) {                       // denormal: rounded by the unit in the last place of 0.5
+        float v;
+        memcpy(&v, &x, 4);
+        v += 0.5f;
+        memcpy(&x, &v, 4);
+        return uint16_t(sign | (x - 0x3f000000u));
+    }
+    x += 0xc8000fffu + (x >> 13 & 1);
+    return uint16_t(sign | x >> 13);
+}
+QUIRE_INLINE void store(half* p, VF a) {
+    for (int i = 0; i < W; i++) p[i].bits = half_bits(a.v[i]);
+}
+
 QUIRE_INLINE VF load(const uint16_t* p) {
     uint4 r;
     for (int i = 0; i < W; i++) r[i] = uint32_t(p[i]) << 16;
