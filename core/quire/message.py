@@ -129,6 +129,7 @@ class EngineReady(msgspec.Struct, tag="ready", kw_only=True):
     vocab_size: int
     eos_token_ids: list[int] = []
     report: str = ""  # the memory arithmetic, as text
+    tasks: tuple[str, ...] = ("generate",)  # what the model can do; one that pools would say embed or score
 
 
 class EngineFailure(msgspec.Struct, tag="failure"):

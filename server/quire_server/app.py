@@ -8,7 +8,7 @@ from starlette.middleware.cors import CORSMiddleware
 from quire import __version__
 from quire_server import engine_view, errors, health, tokenize
 from quire_server.anthropic import messages
-from quire_server.anthropic.shape import AnthropicMiddleware
+from quire_server.anthropic.shape import ShapeMiddleware
 from quire_server.auth import AuthMiddleware
 from quire_server.batch_runner import Batches
 from quire_server.lifecycle import GateMiddleware
@@ -90,4 +90,4 @@ def _guard(app: FastAPI, server: Server, host: str) -> None:
         )
     app.add_middleware(HostMiddleware, allowed=network.hosts(host))
     app.add_middleware(EnvelopeMiddleware, access_log=server.settings.access_log, tracing=server.tracing)
-    app.add_middleware(AnthropicMiddleware)
+    app.add_middleware(ShapeMiddleware)

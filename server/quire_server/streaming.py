@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from quire_server.errors import from_engine
+from quire_server.errors import ApiError, from_engine
 from quire_server.lifecycle import Lifecycle, shutting_down
 
 T = TypeVar("T")
@@ -71,10 +71,16 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], lifecycle: Lifecycle) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        lifecycle: Lifecycle,
+        failed: Callable[[ApiError], bytes] = lambda error: event(error.body()),
+    ) -> None:
+        """``failed`` encodes the event of an error."""
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.events, self.lifecycle, self.started = events, lifecycle, False
+        self.events, self.lifecycle, self.failed, self.started = events, lifecycle, failed, False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -86,7 +92,7 @@ class EventStream(Response):
             if not self.started:
                 await failure.response()(scope, receive, send)
                 return
-            await send({"type": "http.response.body", "body": event(failure.body()), "more_body": False})
+            await send({"type": "http.response.body", "body": self.failed(failure), "more_body": False})
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self.events):

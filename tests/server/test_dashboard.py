@@ -28,7 +28,10 @@ def exported():
     key = {"Authorization": "Bearer secret"}
     try:
         statuses = set()
-        for body in [{"prompt": "hi", "max_tokens": 4, "stream": True, "n": 2}, *[{"prompt": "hello", "max_tokens": 8}] * 8]:
+        for body in [
+            {"prompt": "hi", "max_tokens": 4, "stream": True, "n": 2},
+            *[{"prompt": "hello", "max_tokens": 8}] * 8,
+        ]:
             statuses.add(httpx.post(f"{live.base}/v1/completions", json=body, headers=key, timeout=20).status_code)
         assert statuses == {200, 429}
         text = httpx.get(f"{live.base}/metrics", headers=key, timeout=20).text

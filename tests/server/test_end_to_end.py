@@ -123,7 +123,7 @@ def test_tokens_of_the_reasoning_are_counted(client, reference):
     whole = ask(client, extra_body=thinking)
     counted = whole.usage.completion_tokens_details.reasoning_tokens
     marked = whole.choices[0].token_ids.index(reference.convert_tokens_to_ids("</think>"))
-    assert marked < counted <= marked + 3, "up to the end of the thinking, its mark and the two line breaks included"
+    assert marked - 1 <= counted <= marked + 1, "what is before the closing mark"
     chunks = list(ask(client, stream=True, stream_options={"include_usage": True}, extra_body=thinking))
     assert chunks[-1].usage == whole.usage
     assert ask(client).usage.completion_tokens_details.reasoning_tokens == 0

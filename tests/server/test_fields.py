@@ -1,101 +1,140 @@
-"""Every field that the openai client can send, and vLLM's further ones, is known: it acts, or it is refused by name."""
+"""Every field that the openai client can send, and every one of vLLM's: it acts, or it is refused by name."""
 
 from __future__ import annotations
 
-from functools import partial
+from typing import get_args
 
-import openai
 import pytest
-from openai.types import completion_create_params, embedding_create_params
-from openai.types.chat import completion_create_params as chat_create_params
+from fake import FakeLLM
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_params
+from openai.types.shared.reasoning_effort import ReasoningEffort
 
 from quire_server.openai.chat_schema import ChatRequest
 from quire_server.openai.completions_schema import CompletionRequest
-from quire_server.openai.pooling import EmbeddingRequest
 
-# What vLLM's own requests have beside OpenAI's.
+ASK = [{"role": "user", "content": "Hello?"}]
+THOUGHT = "<think>\nTwo and 二.\n</think>\n\nFour."
+
+SHARED = {
+    "model", "stream", "stream_options", "n", "temperature", "top_p", "seed", "presence_penalty", "frequency_penalty",
+    "logit_bias", "stop", "user", "logprobs", "max_tokens",
+}  # fmt: skip
+CHAT = SHARED | {
+    "messages", "tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning_effort",
+    "max_completion_tokens", "top_logprobs", "safety_identifier",
+}  # fmt: skip
+COMPLETIONS = SHARED | {"prompt", "echo", "best_of"}
+# name -> (a value that is refused, one that asks for nothing)
+CHAT_REFUSED = {
+    "audio": ({"voice": "alloy", "format": "wav"}, None),
+    "function_call": ("auto", "none"),
+    "functions": ([{"name": "f"}], None),
+    "metadata": ({"a": "b"}, {}),
+    "modalities": (["text", "audio"], ["text"]),
+    "moderation": ({"model": "m"}, None),
+    "prediction": ({"type": "content", "content": "x"}, None),
+    "prompt_cache_key": ("k", None),
+    "prompt_cache_options": ({"mode": "explicit"}, None),
+    "prompt_cache_retention": ("24h", None),
+    "service_tier": ("priority", "auto"),
+    "store": (True, False),
+    "verbosity": ("low", "medium"),
+    "web_search_options": ({}, None),
+}
+COMPLETIONS_REFUSED = {"suffix": ("x", None)}
 VLLM = {
     "top_k", "min_p", "repetition_penalty", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens",
     "skip_special_tokens", "spaces_between_special_tokens", "allowed_token_ids", "bad_words", "prompt_logprobs",
-    "truncate_prompt_tokens", "return_tokens_as_token_ids", "return_token_ids", "structured_outputs", "cache_salt",
-    "priority", "add_special_tokens", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
-    "logits_processors", "use_beam_search", "length_penalty", "kv_transfer_params",
+    "truncate_prompt_tokens", "return_tokens_as_token_ids", "return_token_ids", "structured_outputs",
+    "response_format", "cache_salt", "priority", "add_special_tokens", "echo",
 }  # fmt: skip
 VLLM_CHAT = {
-    "add_generation_prompt", "continue_final_message", "chat_template", "chat_template_kwargs", "documents", "echo",
-    "include_reasoning", "mm_processor_kwargs",
+    "add_generation_prompt", "continue_final_message", "documents", "chat_template", "chat_template_kwargs",
+    "include_reasoning",
 }  # fmt: skip
-REQUESTS = {
-    "chat": (ChatRequest, {*chat_create_params.CompletionCreateParamsBase.__annotations__, "stream", *VLLM, *VLLM_CHAT}),
-    "completions": (CompletionRequest, {*completion_create_params.CompletionCreateParamsBase.__annotations__, "stream", *VLLM}),
-    "embeddings": (EmbeddingRequest, set(embedding_create_params.EmbeddingCreateParams.__annotations__)),
+VLLM_REFUSED = {
+    "guided_json": ({}, None), "guided_regex": ("a", None), "guided_choice": (["a"], None), "guided_grammar": ("a", None),
+    "guided_decoding_backend": ("x", None), "guided_whitespace_pattern": ("x", None), "structural_tag": ("x", None),
+    "use_beam_search": (True, False), "length_penalty": (0.5, 1.0), "early_stopping": (True, False),
+    "logits_processors": (["x"], None), "kv_transfer_params": ({}, None), "mm_processor_kwargs": ({}, None),
 }  # fmt: skip
-# A value that asks for something, where "something" would not reach the check of the field itself.
-ASKS = {"modalities": ["audio"], "store": True, "verbosity": "low", "best_of": 2, "length_penalty": 2.0}
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
-def test_every_field_is_known(kind):
-    request, names = REQUESTS[kind]
-    assert len(names) >= 5
-    assert not names - set(request.model_fields) - set(request.refused)
-    assert not set(request.model_fields) & set(request.refused)
+def fields_of(*params):
+    return set().union(*(p.__required_keys__ | p.__optional_keys__ for p in params))
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    [
-        (kind, name)
-        for kind in ("chat", "completions")
-        for name in sorted(REQUESTS[kind][1] & set(REQUESTS[kind][0].refused))
-    ],
+CLIENTS = [
+    ("/v1/chat/completions", {"messages": ASK}, ChatRequest, CHAT, CHAT_REFUSED, VLLM | VLLM_CHAT,
+     (chat_params.CompletionCreateParamsNonStreaming, chat_params.CompletionCreateParamsStreaming)),
+    ("/v1/completions", {"prompt": "a"}, CompletionRequest, COMPLETIONS, COMPLETIONS_REFUSED, VLLM,
+     (completion_create_params.CompletionCreateParamsNonStreaming,
+      completion_create_params.CompletionCreateParamsStreaming)),
+]  # fmt: skip
+ROUTES = pytest.mark.parametrize(
+    ("path", "body", "schema", "acts", "refused", "vllm", "params"), CLIENTS, ids=["chat", "completions"]
 )
-def test_what_cannot_act_is_refused_by_name(client, kind, name):
-    more = {name: ASKS.get(name, "something")}
-    if kind == "chat":
-        messages = [{"role": "user", "content": "Hello?"}]
-        ask = partial(client.chat.completions.create, model="demo", messages=messages, extra_body=more)
+
+
+@ROUTES
+def test_the_table_has_every_field_of_the_client(path, body, schema, acts, refused, vllm, params):
+    assert not acts & refused.keys()
+    assert fields_of(*params) == acts | refused.keys()
+
+
+@ROUTES
+def test_what_acts_is_a_field_of_the_schema(path, body, schema, acts, refused, vllm, params):
+    # Beyond both tables there is what this server alone knows.
+    assert (acts | vllm) - set(schema.model_fields) == set()
+    assert set(schema.model_fields) - acts - vllm == {"deadline"}
+
+
+@ROUTES
+def test_what_is_refused_is_refused_by_name(http, path, body, schema, acts, refused, vllm, params):
+    for name, (value, nothing) in {**refused, **VLLM_REFUSED}.items():
+        answer = http.post(path, json={**body, name: value})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"], error["code"]) == (400, name, "unsupported_parameter")
+        assert error["message"].removeprefix(f"{name}: ")
+        assert http.post(path, json={**body, "max_tokens": 1, name: nothing}).status_code == 200, name
+    unknown = http.post(path, json={**body, "nonsense": 1}).json()["error"]
+    assert unknown["code"] == "unknown_parameter"
+
+
+@pytest.mark.parametrize("stop_after", [3, 12, 20, 33, 200])
+@pytest.mark.parametrize("shown", [True, False])
+def test_reasoning_tokens_are_counted(make_live, stop_after, shown):
+    """The fake's tokens are bytes: those before the closing mark are reasoning, as far as the answer goes."""
+    engine = FakeLLM()
+    engine.script = THOUGHT
+    client = make_live(engine).openai()
+    options = {
+        "model": "demo",
+        "messages": ASK,
+        "max_tokens": stop_after,
+        "n": 2,
+        "extra_body": {"include_reasoning": shown},
+    }
+    usage = client.chat.completions.create(**options).usage
+    chunks = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options))
+    assert chunks[-1].usage == usage
+    thought = len(THOUGHT[: THOUGHT.index("\n</think>")].encode())
+    count = usage.completion_tokens_details.reasoning_tokens
+    if stop_after == 3:
+        assert count == 0  # not yet known to be a mark
+    elif stop_after == 200:
+        assert count == 2 * thought
     else:
-        ask = partial(client.completions.create, model="demo", prompt="abc", extra_body=more)
-    with pytest.raises(openai.BadRequestError) as caught:
-        ask()
-    assert caught.value.param == name
-    assert name in caught.value.body["message"]
+        assert count == 2 * min(stop_after, thought)
+    assert usage.prompt_tokens_details.cached_tokens == 3
 
 
-def test_a_field_that_nobody_knows(client):
-    with pytest.raises(openai.BadRequestError, match="unrecognized request argument"):
-        client.completions.create(model="demo", prompt="abc", extra_body={"temprature": 1})
+def test_an_answer_without_reasoning_has_none(client):
+    usage = client.chat.completions.create(model="demo", messages=ASK).usage
+    assert usage.completion_tokens_details.reasoning_tokens == 0
 
 
-# -- embeddings, scores and reranking -----------------------------------------------------------------------------
-@pytest.mark.parametrize("text", ["abc", ["abc", "de"], [97, 98], [[97, 98], [99]]])
-def test_a_model_that_generates_gives_no_embeddings(client, text):
-    with pytest.raises(openai.BadRequestError) as caught:
-        client.embeddings.create(model="demo", input=text)
-    assert (caught.value.param, caught.value.code) == ("model", "model_not_supported")
-    assert "generates text and gives no embeddings" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("path", "body", "param"),
-    [
-        ("/v1/embeddings", {"input": []}, "input"),
-        ("/v1/embeddings", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
-        ("/v1/embeddings", {"input": "a", "dimensions": 0}, "dimensions"),
-        ("/v1/embeddings", {"input": ["a"] * 100_000}, "input"),
-        ("/v1/embeddings", {"input": "a", "model": "other"}, "model"),
-        ("/pooling", {"input": "a", "task": "paint"}, "task"),
-        ("/pooling", {"input": "a"}, "model"),
-        ("/score", {"text_1": ["a", "b"], "text_2": ["c", "d", "e"]}, "text_1"),
-        ("/v1/score", {"text_1": "a", "text_2": ["c", "d", "e"]}, "model"),
-        ("/rerank", {"query": "a", "documents": []}, "documents"),
-        ("/v1/rerank", {"query": "a", "documents": ["b"], "top_n": 0}, "top_n"),
-        ("/v2/rerank", {"query": "a", "documents": ["b"]}, "model"),
-    ],
-)
-def test_pooling_requests_are_checked(live, path, body, param):
-    with live.http() as http:
-        answer = http.post(path, json=body)
-    assert answer.status_code in (400, 404)
-    assert answer.json()["error"]["param"] == param
+@pytest.mark.parametrize("effort", [e for e in get_args(get_args(ReasoningEffort)[0]) if e])
+def test_every_effort_of_the_client_is_taken(client, effort):
+    assert client.chat.completions.create(model="demo", messages=ASK, max_tokens=1, reasoning_effort=effort).choices

@@ -1,1 +1,1 @@
-"""Anthropic's Messages API over the same chat."""
+"""Anthropic's Messages API, in front of what chat does."""

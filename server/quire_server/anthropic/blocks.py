@@ -1,4 +1,4 @@
-"""Content blocks, and the chat messages that they make."""
+"""Messages and their content blocks, and the same conversation as chat has it."""
 
 from __future__ import annotations
 
@@ -6,34 +6,36 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from quire_server.errors import refuse, refused_field
+from quire_server.errors import refuse
 from quire_server.openai.base import Strict
-from quire_server.openai.chat_schema import TEXT_ONLY, FunctionCall, Message, ToolCall
-from quire_server.openai.responses_items import only
+from quire_server.openai.chat_schema import TEXT_ONLY
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
+_UNREADABLE = {"redacted_thinking": "only who wrote it can read it"}
 _ALONE = {
-    "caller": (({"type": "direct"},), "only the model itself calls tools here"),
+    "caller": (({"type": "direct"},), "tools are called by the model alone"),
     "toolset_name": ((), "this server has no toolsets"),
 }
+
+
+class CacheControl(Strict):
+    """Honoured without doing anything: every prefix is kept and reused, for as long as the memory allows."""
+
+    type: Literal["ephemeral"]
+    refused = {"ttl": (("5m",), "how long pages are kept depends on the memory, not on a time")}  # noqa: RUF012
 
 
 class TextBlock(Strict):
     type: Literal["text"]
     text: str
-    cache_control: dict[str, Any] | None = None  # equal prefixes are reused without it
-    refused = {"citations": (([], {"enabled": False}), "citations are not supported")}  # noqa: RUF012
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, data: Any) -> Any:
-        return only(data, ("text",), "blocks", TEXT_ONLY)
+    cache_control: CacheControl | None = None
+    refused = {"citations": (([],), "citations are not supported")}  # noqa: RUF012
 
 
 class ThinkingBlock(Strict):
-    """What the model thought before; ``signature`` may be anything, since nothing is encrypted here."""
+    """``signature`` may be anything: as in chat, a client is trusted with what it says the model thought."""
 
     type: Literal["thinking"]
     thinking: str
@@ -45,115 +47,172 @@ class ToolUseBlock(Strict):
     id: Id
     name: Annotated[str, Field(min_length=1, max_length=256)]
     input: dict[str, Any]
-    cache_control: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
     refused = _ALONE
+
+
+def _known(*kinds: str) -> BeforeValidator:
+    """Refuses a block of another type by that type's name."""
+
+    def check(value: Any) -> Any:
+        kind = value.get("type") if isinstance(value, dict) else None
+        if not isinstance(kind, str):
+            raise ValueError("must be a content block: an object with a type")
+        if kind not in kinds:
+            reason = _UNREADABLE.get(kind, TEXT_ONLY)
+            raise ValueError(f"blocks of type {kind[:40]!r} are not supported here: {reason} ({', '.join(kinds)})")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _tag(value: Any) -> str:
+    return f"({value['type'] if isinstance(value, dict) else value.type})"
+
+
+# Chosen by what is there, so that an error speaks of the part at fault and not of every form.
+_FORM = Discriminator(lambda value: "(blocks)" if isinstance(value, list) else "(text)")
+Texts = Annotated[
+    Annotated[str, Tag("(text)")]
+    | Annotated[list[Annotated[TextBlock, _known("text")]], Field(fail_fast=True), Tag("(blocks)")],
+    _FORM,
+]
 
 
 class ToolResultBlock(Strict):
     type: Literal["tool_result"]
     tool_use_id: Id
-    content: Annotated[
-        Annotated[str, Tag("(text)")] | Annotated[list[TextBlock], Field(fail_fast=True), Tag("(blocks)")],
-        Discriminator(lambda value: "(blocks)" if isinstance(value, list) else "(text)"),
-    ] = ""
-    is_error: bool = False
-    cache_control: dict[str, Any] | None = None
+    content: Texts = ""
+    is_error: bool = Field(False, description="Chat templates know no such mark: the text is then headed by 'Error:'.")
+    cache_control: CacheControl | None = None
     refused = _ALONE
 
     @property
-    def words(self) -> str:
-        text = self.content if isinstance(self.content, str) else text_of(self.content)
+    def text(self) -> str:
+        text = text_of(self.content)
         return f"Error: {text}" if self.is_error else text
 
 
-class UnknownBlock(Strict):
-    """What is none of the above."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refused(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "type" not in data:
-            raise refused_field("type", "a block needs a type", "missing_required_parameter")
-        only(data, KINDS, "blocks", TEXT_ONLY)
-        raise ValueError("must be a content block: an object with a type")
-
-
-KINDS = ("text", "thinking", "tool_use", "tool_result")
-
-
-def _tag(value: Any) -> str:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"({kind})" if isinstance(kind, str) and kind in KINDS else "(unknown)"
-
-
-Block = Annotated[
-    Annotated[TextBlock, Tag("(text)")]
-    | Annotated[ThinkingBlock, Tag("(thinking)")]
-    | Annotated[ToolUseBlock, Tag("(tool_use)")]
-    | Annotated[ToolResultBlock, Tag("(tool_result)")]
-    | Annotated[UnknownBlock, Tag("(unknown)")],
-    Discriminator(_tag),
+UserBlock = Annotated[
+    Annotated[
+        Annotated[TextBlock, Tag("(text)")] | Annotated[ToolResultBlock, Tag("(tool_result)")], Discriminator(_tag)
+    ],
+    _known("text", "tool_result"),
+]
+AssistantBlock = Annotated[
+    Annotated[
+        Annotated[TextBlock, Tag("(text)")]
+        | Annotated[ThinkingBlock, Tag("(thinking)")]
+        | Annotated[ToolUseBlock, Tag("(tool_use)")],
+        Discriminator(_tag),
+    ],
+    _known("text", "thinking", "tool_use"),
 ]
 
 
-def text_of(blocks: Sequence[TextBlock]) -> str:
-    """As in chat, parts are lines."""
-    return "\n".join(block.text for block in blocks)
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: Annotated[
+        Annotated[str, Tag("(text)")] | Annotated[list[UserBlock], Field(fail_fast=True), Tag("(blocks)")], _FORM
+    ]
 
 
-def messages(conversation: Sequence[tuple[str, Any]]) -> list[Message]:
-    """(role, text or blocks) as chat has it: results of tools are messages of their own.
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: Annotated[
+        Annotated[str, Tag("(text)")] | Annotated[list[AssistantBlock], Field(fail_fast=True), Tag("(blocks)")], _FORM
+    ]
 
-    Raises ApiError for blocks that the role cannot say, and for the result of a call that nobody made.
+
+class SystemMessage(Strict):
+    """An instruction in the midst of a conversation."""
+
+    role: Literal["system"]
+    content: Texts
+
+
+def _role(value: Any) -> str:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    return f"({role})" if role in ("assistant", "system") else "(user)"  # an unknown role is the user's error
+
+
+AnyMessage = Annotated[
+    Annotated[UserMessage, Tag("(user)")]
+    | Annotated[AssistantMessage, Tag("(assistant)")]
+    | Annotated[SystemMessage, Tag("(system)")],
+    Discriminator(_role),
+]
+
+
+def text_of(content: str | Sequence[Any]) -> str:
+    """As in chat, blocks are joined by line breaks."""
+    return content if isinstance(content, str) else "\n".join(b.text for b in content if isinstance(b, TextBlock))
+
+
+def conversation(messages: Sequence[UserMessage | AssistantMessage | SystemMessage]) -> list[dict[str, Any]]:
+    """Chat's messages. Turns of one role in a row are one turn; results of tools are messages of their own.
+
+    Raises ApiError for a result without its call, a call without its result, and a message that says nothing.
     """
-    made: list[Message] = []
-    calls: set[str] = set()
-    for index, (role, content) in enumerate(conversation):
+    turns: list[tuple[str, int, list[Any]]] = []  # role, index of its first message, blocks
+    for index, message in enumerate(messages):
+        content = message.content
+        blocks = [TextBlock(type="text", text=content)] if isinstance(content, str) else list(content)
+        if turns and turns[-1][0] == message.role:
+            turns[-1][2].extend(blocks)
+        else:
+            turns.append((message.role, index, blocks))
+    if turns[-1][0] == "assistant" and not any(getattr(b, "text", True) for b in turns[-1][2]):
+        turns.pop()  # nothing to go on from: the same as no beginning of an answer
+    made: list[dict[str, Any]] = []
+    pending: list[str] = []
+    for role, index, blocks in turns:
         where = f"messages[{index}].content"
-        if isinstance(content, str):
-            made.append(Message(role=role, content=content))  # type: ignore[arg-type]
-        elif role == "assistant":
-            made.append(_mine(content, where))
-            calls |= {call.id for call in made[-1].tool_calls or ()}
-        else:
-            made += _theirs(role, content, where, calls)
+        results = [b for b in blocks if isinstance(b, ToolResultBlock)]
+        _check_results(where, pending, blocks, results)
+        pending = [b.id for b in blocks if isinstance(b, ToolUseBlock)]
+        text = text_of(blocks)
+        made += [{"role": "tool", "tool_call_id": r.tool_use_id, "content": r.text} for r in results]
+        if role == "assistant":
+            made.append(_answer(text, blocks))
+        elif text or any(isinstance(b, TextBlock) for b in blocks):
+            made.append({"role": role, "content": text})
+        elif not results:
+            raise refuse(where, f"{where}: must not be empty")
+    if pending:
+        raise refuse("messages", "messages: the last one calls a tool: its tool_result must follow in a user's message")
     if not made:
-        raise refuse("messages", "messages: there is no content")
+        raise refuse("messages", "messages: there is nothing to answer")
     return made
 
 
-def _mine(blocks: Sequence[Any], where: str) -> Message:
-    message = Message(role="assistant")
-    texts, thoughts, calls = [], [], []
-    for block in blocks:
-        if isinstance(block, TextBlock):
-            texts.append(block)
-        elif isinstance(block, ThinkingBlock):
-            thoughts.append(block.thinking)
-        elif isinstance(block, ToolUseBlock):
-            arguments = json.dumps(block.input, ensure_ascii=False)
-            calls.append(ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=arguments)))
-        else:
-            raise refuse(where, f"{where}: an assistant's message has no {block.type} blocks")
-    message.content = text_of(texts) if texts else None
-    message.reasoning_content = "\n".join(thoughts) or None
-    message.tool_calls = calls or None
+def _check_results(where: str, calls: list[str], blocks: list[Any], results: list[ToolResultBlock]) -> None:
+    given = [r.tool_use_id for r in results]
+    for one in given:
+        if one not in calls or given.count(one) > 1:
+            message = f"{where}: tool_result for {one[:64]!r}, which no tool_use in the turn before has, or the second"
+            raise refuse(where, message)
+    for one in calls:
+        if one not in given:
+            raise refuse(where, f"{where}: the tool_use {one[:64]!r} of the turn before has no tool_result here")
+    if results and not all(isinstance(b, ToolResultBlock) for b in blocks[: len(results)]):
+        raise refuse(where, f"{where}: tool_result blocks come first, then text")
+
+
+def _answer(text: str, blocks: list[Any]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": text}
+    thoughts = [b.thinking for b in blocks if isinstance(b, ThinkingBlock)]
+    if thoughts:
+        message["reasoning_content"] = "\n".join(thoughts)
+    calls = [
+        {
+            "id": b.id,
+            "type": "function",
+            "function": {"name": b.name, "arguments": json.dumps(b.input, ensure_ascii=False)},
+        }
+        for b in blocks
+        if isinstance(b, ToolUseBlock)
+    ]
+    if calls:
+        message["tool_calls"] = calls
     return message
-
-
-def _theirs(role: str, blocks: Sequence[Any], where: str, calls: set[str]) -> list[Message]:
-    made: list[Message] = []
-    texts: list[TextBlock] = []
-    for block in blocks:
-        if isinstance(block, TextBlock):
-            texts.append(block)
-        elif isinstance(block, ToolResultBlock) and role == "user":
-            if block.tool_use_id not in calls:
-                message = f"{where}: no tool_use before it has the id {block.tool_use_id[:64]!r}"
-                raise refuse(where, message)
-            made.append(Message(role="tool", content=block.words, tool_call_id=block.tool_use_id))
-        else:
-            raise refuse(where, f"{where}: a {role}'s message has no {block.type} blocks")
-    if texts or not made:
-        made.append(Message(role=role, content=text_of(texts)))  # type: ignore[arg-type]
-    return made

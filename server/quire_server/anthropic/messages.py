@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -10,88 +11,93 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from quire_server.anthropic.events import Answer, sse
-from quire_server.anthropic.schema import CountRequest, MessagesRequest, in_our_names
-from quire_server.errors import from_engine, json_response
+from quire_server.anthropic.events import PING, Answer, sse
+from quire_server.anthropic.schema import CountRequest, MessagesRequest
+from quire_server.anthropic.shape import PREFIX, failed
+from quire_server.errors import json_response
 from quire_server.openai import generation
-from quire_server.openai.chat import ChatRun, prepare
+from quire_server.openai.chat import prepare
 from quire_server.openai.chat_schema import ChatRequest
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
 from quire_server.streaming import EventStream, answer
 
-router = APIRouter(prefix="/v1/messages", tags=["messages"], route_class=StrictRoute)
+router = APIRouter(prefix=PREFIX, tags=["messages"], route_class=StrictRoute)
 State = Annotated[Server, Depends(server_of)]
+Steps = AsyncGenerator[tuple[Answer, dict[str, Any] | None], None]
+PING_SECONDS = 10.0
+"""A stream that has nothing to tell for so long, since a call is read to its end first, says that it lives."""
 
 
 @router.post("")
 async def create_message(request: Request, body: MessagesRequest, server: State) -> Response:
     """Answer a conversation."""
-    model = server.model(body.model)
-    request.state.user = body.metadata.user_id if body.metadata is not None else None
-    message_id = f"msg_{uuid.uuid4().hex}"
-    with in_our_names():
-        chat = await server.run(body.size, body.chat_request)
-        chat._size = body.size
-        run = await _prepared(server, chat, message_id)
-    room = run.job.sampling.max_tokens or 0
-    run.job.sampling.max_tokens = min(room, body.max_tokens)
-    made = Answer(message_id, model, run.parser(chat), len(run.job.prompt_token_ids), room < body.max_tokens)
-    events = _events(server, chat, run, made)
+    head = {"id": f"msg_{uuid.uuid4().hex}", "model": server.model(body.model)}
+    chat = _chat(server, body, body.max_tokens)
+    request.state.user = chat.user
+    events = _events(server, body, chat, head)
     if body.stream:
-        return EventStream(_encoded(events, getattr(request.state, "request_id", None)), server.lifecycle)
-    return await answer(request, server.lifecycle, _whole(events, made))
+        request_id = getattr(request.state, "request_id", None)
+        return EventStream(_encoded(events), server.lifecycle, lambda error: sse(failed(error, request_id)))
+    return await answer(request, server.lifecycle, _whole(events))
 
 
 @router.post("/count_tokens")
 async def count_tokens(body: CountRequest, server: State) -> Response:
-    """How many tokens the same request would have as its prompt."""
+    """How many tokens the prompt of the same request has."""
     server.model(body.model)
-    with in_our_names():
-        run = await _prepared(server, body.chat(), "count")
-    return json_response({"input_tokens": len(run.job.prompt_token_ids)})
+    prompt = await server.text.chat_prompt(_chat(server, body, None))
+    return json_response({"input_tokens": len(prompt.token_ids)})
 
 
-async def _prepared(server: Server, chat: ChatRequest, message_id: str) -> ChatRun:
+def _chat(server: Server, body: CountRequest, max_tokens: int | None) -> ChatRequest:
+    if body.thinking is not None:
+        body.thinking.check(max_tokens)
+    chat = body.chat()
     chat.check(server.limits)
-    chat.check_prompt(server.limits, False)
-    return await prepare(server, chat, message_id)
+    chat.check_prompt(server.limits, trust_template=False)
+    template = server.text.template(chat) or ""
+    thinks = server.settings.parsers.choice(template).reasoning is not None
+    chat.chat_template_kwargs = body.template_variables(template, thinks) or None
+    return chat
 
 
-async def _events(
-    server: Server, chat: ChatRequest, run: ChatRun, made: Answer
-) -> AsyncGenerator[dict[str, Any], None]:
-    """All events. Raises ApiError, before the first one if the engine refuses the request."""
+async def _events(server: Server, body: MessagesRequest, chat: ChatRequest, head: dict[str, Any]) -> Steps:
+    """The answer so far and what has happened to it; None: nothing that can be told."""
+    run = await prepare(server, chat, head["id"])
+    room = run.job.sampling.max_tokens or 0
+    run.job.sampling.max_tokens = min(room, body.max_tokens)
+    shown = body.thinking is None or body.thinking.display != "omitted"
+    thoughts, prompt = run.reasoning_tokens(server, chat), len(run.job.prompt_token_ids)
+    made = Answer(head, run.parser(chat), thoughts, prompt, cut=room < body.max_tokens, show_thinking=shown)
     begun = False
-    with in_our_names():
-        async with aclosing(generation.outputs(server, chat, [run.job])) as items:
-            async for _, item in items:
-                if not begun:
-                    begun = True
-                    for event in made.start(item):
-                        yield event
-                for event in made.add(item):
-                    yield event
-    for event in made.end():
-        yield event
-
-
-async def _whole(events: AsyncGenerator[dict[str, Any], None], made: Answer) -> Response:
-    async with aclosing(events):
-        async for _ in events:
-            pass
-    return json_response(made.message)
-
-
-async def _encoded(events: AsyncGenerator[dict[str, Any], None], request_id: str | None) -> AsyncGenerator[bytes, None]:
-    begun = False
-    try:
-        async with aclosing(events):
-            async for event in events:
+    async with aclosing(generation.outputs(server, chat, [run.job])) as items:
+        async for _, item in items:
+            if not begun:
                 begun = True
-                yield sse(event)
-    except Exception as error:
-        if not begun:
-            raise
-        for event in Answer.fail(from_engine(error), request_id):
-            yield sse(event)
+                for event in made.start(item):
+                    yield made, event
+            quiet = True
+            for event in made.add(item):
+                quiet = False
+                yield made, event
+            if quiet:
+                yield made, None
+
+
+async def _encoded(steps: Steps) -> AsyncGenerator[bytes, None]:
+    told = time.monotonic()
+    async with aclosing(steps):
+        async for _, event in steps:
+            if event is None and time.monotonic() - told < PING_SECONDS:
+                continue
+            told = time.monotonic()
+            yield sse(event or PING)
+
+
+async def _whole(steps: Steps) -> Response:
+    message: dict[str, Any] = {}
+    async with aclosing(steps):
+        async for made, _ in steps:
+            message = made.message
+    return json_response(message)

@@ -1,34 +1,19 @@
-"""The request of /v1/messages, and the chat request that it is.
-
-https://platform.claude.com/docs/en/api/messages, as the anthropic Python client of 2026 has it.
-"""
+"""The requests of /v1/messages and /v1/messages/count_tokens, and how they become chat requests."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, field_validator
 
-from quire_server.anthropic.blocks import Block, TextBlock, messages, text_of
-from quire_server.errors import ApiError, refuse
+from quire_server.anthropic.blocks import AnyMessage, CacheControl, Texts, conversation, text_of
+from quire_server.errors import refuse
 from quire_server.openai.base import Strict
-from quire_server.openai.chat_schema import ChatRequest, FunctionName, FunctionSpec, Message, NamedChoice, Tool
-from quire_server.openai.responses_items import only
-from quire_server.openai.structure import ResponseFormat
+from quire_server.openai.chat_schema import ChatRequest
+from quire_server.text import mentions
 
-Count = Annotated[int, Field(ge=1, lt=2**31)]
-_EPHEMERAL = "equal prefixes are reused without it"
-
-
-class InputMessage(Strict):
-    role: Literal["user", "assistant", "system"]
-    content: Annotated[
-        Annotated[str, Tag("(text)")] | Annotated[list[Block], Field(fail_fast=True), Tag("(blocks)")],
-        Discriminator(lambda value: "(blocks)" if isinstance(value, list) else "(text)"),
-    ]
+MIN_BUDGET = 1024
 
 
 class CustomTool(Strict):
@@ -37,193 +22,200 @@ class CustomTool(Strict):
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
-    cache_control: dict[str, Any] | None = None
+    cache_control: CacheControl | None = None
     refused = {  # noqa: RUF012
-        "allowed_callers": ((["direct"],), "only the model itself calls tools here"),
+        "allowed_callers": ((["direct"],), "tools are called by the model alone"),
         "defer_loading": ((False,), "every tool is in the prompt"),
-        "eager_input_streaming": ((False, True), ""),  # arguments are streamed as they come in any case
-        "input_examples": (([],), "the chat template has no place for them: put them into the description"),
+        "eager_input_streaming": ((False,), "a call is streamed once it is known to be one"),
+        "input_examples": (([],), "put them into the description"),
     }
 
-    @model_validator(mode="before")
+    @field_validator("type", mode="before")
     @classmethod
-    def _only_custom(cls, data: Any) -> Any:
-        return only(data, ("custom",), "tools", "this server runs none itself")
+    def _custom(cls, kind: Any) -> Any:
+        if isinstance(kind, str) and kind != "custom":
+            raise ValueError(f"tools of type {kind[:40]!r} are not offered: only custom tools, which the client runs")
+        return kind
 
-    def chat(self) -> Tool:
-        spec = FunctionSpec(
-            name=self.name, description=self.description, parameters=self.input_schema, strict=self.strict
-        )
-        return Tool(function=spec)
+    @field_validator("input_schema")
+    @classmethod
+    def _of_object(cls, schema: dict[str, Any]) -> dict[str, Any]:
+        if schema.get("type") != "object":
+            raise ValueError("must be a JSON schema with type 'object'")
+        return schema
+
+    def chat(self) -> dict[str, Any]:
+        function: dict[str, Any] = {"name": self.name, "parameters": self.input_schema}
+        if self.description is not None:
+            function["description"] = self.description
+        if self.strict is not None:
+            function["strict"] = self.strict
+        return {"type": "function", "function": function}
 
 
 class ToolChoice(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    disable_parallel_tool_use: bool = False
+    disable_parallel_tool_use: bool | None = None
+
+    def chat(self) -> Any:
+        if (self.name is not None) != (self.type == "tool"):
+            raise refuse("tool_choice.name", "tool_choice.name: given with type 'tool', and only with it")
+        if self.type == "none" and self.disable_parallel_tool_use is not None:
+            raise refuse("tool_choice", "tool_choice.disable_parallel_tool_use: not allowed with type 'none'")
+        if self.type == "tool":
+            return {"type": "function", "function": {"name": self.name}}
+        return "required" if self.type == "any" else self.type
 
 
 class Thinking(Strict):
-    """``budget_tokens`` is checked as Anthropic does; ``max_tokens`` bounds thinking and answer together."""
+    """``budget_tokens`` chooses the template's effort or budget where it has one. Nothing cuts the thinking there:
+    ``max_tokens`` bounds thinking and answer together."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=1024, lt=2**31)] | None = None
-    refused = {"display": ((), "thinking is shown as it is")}  # noqa: RUF012
+    budget_tokens: Annotated[int, Field(ge=MIN_BUDGET, lt=2**31)] | None = None
+    display: Literal["omitted"] | None = Field(None, description="Thinking is shown in full, or not at all.")
+
+    def check(self, max_tokens: int | None) -> None:
+        if (self.budget_tokens is not None) != (self.type == "enabled"):
+            message = "thinking.budget_tokens: given with type 'enabled', and only with it"
+            raise refuse("thinking.budget_tokens", message)
+        if self.budget_tokens is not None and max_tokens is not None and self.budget_tokens >= max_tokens:
+            message = f"thinking.budget_tokens: must be below max_tokens ({max_tokens}), not {self.budget_tokens}"
+            raise refuse("thinking.budget_tokens", message)
+        if self.display is not None and self.type == "disabled":
+            raise refuse("thinking.display", "thinking.display: not allowed with type 'disabled'")
+
+    @property
+    def effort(self) -> str:
+        budget = self.budget_tokens or 0
+        return "low" if budget <= 4096 else "medium" if budget <= 16384 else "high"
 
 
 class OutputConfig(Strict):
-    effort: Literal["low", "medium", "high", "xhigh"] | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: dict[str, Any] | None = None
+
+    def chat_format(self) -> dict[str, Any] | None:
+        form = self.format
+        if form is None:
+            return None
+        if form.get("type") != "json_schema" or set(form) != {"type", "schema"} or not isinstance(form["schema"], dict):
+            where = "output_config.format"
+            raise refuse(where, f"{where}: must be {{'type': 'json_schema', 'schema': {{...}}}}")
+        return {"type": "json_schema", "json_schema": {"name": "output", "schema": form["schema"]}}
 
 
 class Metadata(Strict):
-    user_id: Annotated[str, Field(max_length=512)] | None = None
+    user_id: Annotated[str, Field(max_length=512)] | None = Field(None, description="Shown in the server's log.")
 
 
-System = Annotated[
-    Annotated[str, Tag("(text)")] | Annotated[list[TextBlock], Field(fail_fast=True), Tag("(blocks)")],
-    Discriminator(lambda value: "(blocks)" if isinstance(value, list) else "(text)"),
-]
-
-
-class Prompt(Strict):
-    """What decides the prompt; count_tokens takes this much."""
+class CountRequest(Strict):
+    """What decides the prompt."""
 
     model: Annotated[str, Field(min_length=1, max_length=512)]
-    messages: Annotated[list[InputMessage], Field(fail_fast=True, min_length=1)]
-    system: System | None = None
+    messages: Annotated[list[AnyMessage], Field(fail_fast=True, min_length=1)]
+    system: Texts | None = None
     tools: Annotated[list[CustomTool], Field(fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    cache_control: dict[str, Any] | None = Field(None, description=_EPHEMERAL)
+    cache_control: CacheControl | None = None
     refused = {  # noqa: RUF012
         "speed": (("standard",), "there is one speed"),
         "user_profile_id": ((), "this server keeps no profiles"),
         "workspace_id": ((), "this server has no workspaces"),
+        "context_management": ((), "this server edits no conversations"),
+        "mcp_servers": (([],), "this server calls no tools itself"),
+        "betas": (([],), "this server has no beta features"),
     }
 
     def chat(self, **more: Any) -> ChatRequest:
-        """As a request that chat knows. Raises ApiError."""
-        conversation = messages([(message.role, message.content) for message in self.messages])
+        """The same as chat has it, but for thinking, which depends on the template. Raises ApiError."""
+        messages = conversation(self.messages)
+        prefilled = messages[-1]["role"] == "assistant"
+        if prefilled and self.thinking is not None and self.thinking.type != "disabled":
+            raise refuse("messages", "messages: with thinking, the last one cannot be the answer's own beginning")
         if self.system is not None:
-            system = self.system if isinstance(self.system, str) else text_of(self.system)
-            conversation.insert(0, Message(role="system", content=system))
-        choice, parallel = self._choice()
-        prefilled = conversation[-1].role == "assistant"  # the answer goes on from its own beginning
-        if prefilled and conversation[-1].tool_calls:
-            raise refuse("messages", "messages: the last message calls a tool: its tool_result must follow")
-        return ChatRequest(
-            model=self.model,
-            messages=conversation,
-            tools=[tool.chat() for tool in self.tools] if self.tools else None,
-            tool_choice=choice,
-            parallel_tool_calls=parallel,
-            reasoning_effort=self._effort(),
-            response_format=self._format(),
-            add_generation_prompt=not prefilled,
-            continue_final_message=prefilled,
-            **more,
+            messages.insert(0, {"role": "system", "content": text_of(self.system)})
+        choice = self.tool_choice
+        return ChatRequest.model_validate(
+            {
+                "model": self.model,
+                "messages": messages,
+                "tools": [tool.chat() for tool in self.tools or ()] or None,
+                "tool_choice": choice.chat() if choice is not None else None,
+                "parallel_tool_calls": not (choice is not None and choice.disable_parallel_tool_use),
+                "response_format": self.output_config.chat_format() if self.output_config is not None else None,
+                "add_generation_prompt": not prefilled,
+                "continue_final_message": prefilled,
+                **more,
+            }
         )
 
-    def _choice(self) -> tuple[Any, bool]:
-        choice = self.tool_choice
-        if choice is None:
-            return None, True
-        if (choice.name is not None) != (choice.type == "tool"):
-            raise refuse("tool_choice.name", "tool_choice.name: given with type 'tool', and only with it")
-        if choice.type == "tool":
-            assert choice.name is not None
-            return NamedChoice(function=FunctionName(name=choice.name)), not choice.disable_parallel_tool_use
-        return {"any": "required"}.get(choice.type, choice.type), not choice.disable_parallel_tool_use
+    def template_variables(self, template: str, thinks: bool) -> dict[str, Any]:
+        """Thinking and effort in the template's terms. ``thinks``: whether there is thinking to be told apart.
 
-    def _effort(self) -> Any:
-        """Thinking in chat's terms; None leaves it to the template."""
+        Without ``thinking`` a model that can do without it does, as Anthropic's. Raises ApiError.
+        """
+        thinking = self.thinking or Thinking(type="disabled", display=None)
+        switch = _switch(template)
+        by_effort = mentions(template, "reasoning_effort")
+        variables: dict[str, Any] = {}
+        if thinking.type == "enabled":
+            if switch is None and not by_effort and not thinks:
+                raise refuse("thinking", "thinking: this model's chat template knows no thinking")
+            if by_effort:
+                variables["reasoning_effort"] = thinking.effort
+            if mentions(template, "thinking_budget"):
+                variables["thinking_budget"] = thinking.budget_tokens
+        elif thinking.type == "disabled" and self.thinking is not None and switch is None and (by_effort or thinks):
+            raise refuse("thinking.type", "thinking.type: this model cannot do without thinking")
+        if switch is not None and thinking.type != "adaptive":
+            variables[switch] = thinking.type == "enabled"
         effort = self.output_config.effort if self.output_config is not None else None
-        if self.thinking is None:
-            return effort
-        if self.thinking.type == "disabled":
-            return "none"
-        return effort or ("medium" if self.thinking.type == "enabled" else None)
-
-    def _format(self) -> ResponseFormat | None:
-        form = self.output_config.format if self.output_config is not None else None
-        if form is None:
-            return None
-        if form.get("type") != "json_schema" or set(form) != {"type", "schema"} or not isinstance(form["schema"], dict):
-            message = "output_config.format: must be {'type': 'json_schema', 'schema': {...}}"
-            raise refuse("output_config.format", message)
-        return ResponseFormat(type="json_schema", json_schema={"name": "output", "schema": form["schema"]})
+        if effort is not None and by_effort:
+            variables["reasoning_effort"] = effort
+        elif effort not in (None, "high"):  # high is what no effort means
+            raise refuse("output_config.effort", "output_config.effort: this model's chat template has no such setting")
+        return variables
 
 
-class CountRequest(Prompt):
-    """/v1/messages/count_tokens."""
-
-
-class MessagesRequest(Prompt):
+class MessagesRequest(CountRequest):
     """/v1/messages."""
 
-    max_tokens: Count
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)]
     stop_sequences: Annotated[list[Annotated[str, Field(min_length=1)]], Field(fail_fast=True)] | None = None
     stream: bool = False
     temperature: Annotated[float, Field(ge=0, le=1)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     metadata: Metadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
     refused = {  # noqa: RUF012
-        **Prompt.refused,
+        **CountRequest.refused,
+        "service_tier": (("auto", "standard_only"), "this server has one tier"),
         "container": ((), "this server runs no code"),
-        "context_management": ((), "this server edits no conversations"),
-        "diagnostics": ((), "it is about Anthropic's prompt cache"),
+        "diagnostics": ((), "it speaks of a cache that this server does not have"),
         "inference_geo": ((), "the model runs where this server runs"),
-        "mcp_servers": ((), "this server calls no tools itself"),
     }
 
-    def chat_request(self) -> ChatRequest:
-        """``max_tokens`` is left out: it may go beyond the context here. Raises ApiError."""
-        budget = self.thinking.budget_tokens if self.thinking is not None else None
-        if self.thinking is not None and (budget is not None) != (self.thinking.type == "enabled"):
-            raise refuse(
-                "thinking.budget_tokens", "thinking.budget_tokens: given with type 'enabled', and only with it"
-            )
-        if budget is not None and budget >= self.max_tokens:
-            raise refuse(
-                "thinking.budget_tokens", f"thinking.budget_tokens: must be below max_tokens, {self.max_tokens}"
-            )
-        sampling = {
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "top_k": self.top_k,
-            "stop": self.stop_sequences,
-            "user": self.metadata.user_id if self.metadata is not None else None,
-        }
-        given = {name: value for name, value in sampling.items() if value is not None}
-        return self.chat(stream=self.stream, **given)
+    def chat(self, **more: Any) -> ChatRequest:
+        """``max_tokens`` is left out: it may be more than the context holds."""
+        return super().chat(
+            stop=self.stop_sequences or None,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            user=self.metadata.user_id if self.metadata is not None else None,
+            **more,
+        )
 
 
-NAMES = {
-    "response_format.json_schema": "output_config.format",
-    "response_format": "output_config.format",
-    "reasoning_effort": "thinking",
-    "parameters": "input_schema",
-    "stop": "stop_sequences",
-}
+_THINKING = re.compile(r"\bif\s+(?:not\s+)?thinking\b|(?<![.\w])thinking\s+is\s+(?:not\s+)?defined\b")
 
 
-@contextmanager
-def in_our_names() -> Iterator[None]:
-    """Chat's refusals speak of its own fields; the client must read of those that it has sent."""
-    try:
-        yield
-    except ApiError as error:
-        param, message = _renamed(error.param or ""), _renamed(error.message)
-        raise ApiError(
-            error.status_code, message, param=param or None, code=error.code, headers=error.headers
-        ) from error
-
-
-def _renamed(text: str) -> str:
-    for theirs, ours in NAMES.items():
-        text = re.sub(rf"(?<![\w-]){re.escape(theirs)}(?=:|$|\.)", ours, text)
-    return text.replace(".function.", ".")
+def _switch(template: str) -> str | None:
+    """The template's variable that turns thinking on and off."""
+    if mentions(template, "enable_thinking"):
+        return "enable_thinking"
+    return "thinking" if _THINKING.search(template) else None

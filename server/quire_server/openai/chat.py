@@ -18,8 +18,8 @@ from quire_server.openai import generation
 from quire_server.openai.chat_schema import ChatRequest
 from quire_server.openai.generation import Job, Sample, StreamUsage
 from quire_server.openai.structure import renamed
-from quire_server.openai.thoughts import Thoughts
 from quire_server.parsers import Choice
+from quire_server.reasoning_tokens import ReasoningTokens
 from quire_server.record import response_id
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
@@ -64,13 +64,11 @@ class ChatRun:
         """A parser for one sample."""
         return self.parsers.parser(self.inside, self.tools, body.parallel_tool_calls, body.include_reasoning)
 
-    def thoughts(self, server: Server) -> list[Thoughts]:
-        """A counter for each sample."""
-        reasoning = self.parsers.reasoning
-        return [
-            Thoughts(AnswerParser(reasoning(self.inside)) if reasoning else None, server.text.token_bytes)
-            for _ in range(self.job.sampling.n)
-        ]
+    def reasoning_tokens(self, server: Server, body: ChatRequest) -> ReasoningTokens:
+        """A count of one sample's reasoning, shown or not."""
+        shown = body.model_copy(update={"include_reasoning": True})
+        parser = self.parser(shown) if self.parsers.reasoning is not None else None
+        return ReasoningTokens(parser, server.text.token_bytes)
 
 
 async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun:
@@ -134,13 +132,17 @@ def _finish(reason: str | None, stop_reason: int | str | None, called: bool) -> 
 async def _complete(server: Server, body: ChatRequest, head: dict[str, Any]) -> Response:
     chat = await prepare(server, body, head["id"])
     job = chat.job
-    thoughts = chat.thoughts(server)
-    (result,) = await generation.gather(server, body, [job], lambda output: thoughts[output.index].add(output))
+    (result,) = await generation.gather(server, body, [job])
+    reasoning = 0
+    for sample in result.samples:
+        counter = chat.reasoning_tokens(server, body)
+        counter.add(sample.token_ids)
+        reasoning += counter.count
     choices = [_choice(server, body, chat, j, sample) for j, sample in enumerate(result.samples)]
     answer: dict[str, Any] = {
         **head,
         "choices": choices,
-        "usage": generation.total_usage([result], sum(one.tokens for one in thoughts)),
+        "usage": generation.total_usage([result], reasoning),
     }
     if body.prompt_logprobs is not None and result.prompt_logprobs is not None:
         answer["prompt_logprobs"] = generation.prompt_logprobs_json(result.prompt_logprobs)
@@ -172,7 +174,7 @@ def _choice(server: Server, body: ChatRequest, chat: ChatRun, index: int, sample
 async def _stream(server: Server, body: ChatRequest, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     chat = await prepare(server, body, head["id"])
     job = chat.job
-    counts, thoughts = StreamUsage(body, [job]), chat.thoughts(server)
+    counts, counters = StreamUsage(body, [job]), [chat.reasoning_tokens(server, body) for _ in range(body.n)]
     begun = False
     samples = [_StreamedChoice(server, body, chat) for _ in range(body.n)]
     async with aclosing(generation.outputs(server, body, [job])) as items:
@@ -189,8 +191,8 @@ async def _stream(server: Server, body: ChatRequest, head: dict[str, Any]) -> As
                     yield event(counts.on(chunk))
             for output in item.outputs:
                 counts.completion += len(output.token_ids)
-                thoughts[output.index].add(output)
-                counts.reasoning = sum(one.tokens for one in thoughts)
+                counters[output.index].add(output.token_ids)
+                counts.reasoning = sum(counter.count for counter in counters)
                 made = samples[output.index].chunk(output)
                 if made is not None:
                     yield event(counts.on({**head, "choices": [made]}))

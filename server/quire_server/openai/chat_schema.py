@@ -199,7 +199,7 @@ class ChatRequest(GenerationFields, ChatFields):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     echo: bool = False
     safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(None, description="The new name of user.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -126,9 +126,8 @@ async def gather(
     server: Server,
     fields: GenerationFields,
     jobs: Sequence[Job],
-    saw: Callable[[CompletionOutput], None] = lambda output: None,
 ) -> list[Result]:
-    """All jobs to their end. ``saw`` is called with each delta as it comes."""
+    """All jobs to their end."""
     results = [Result(job.prompt_token_ids, [Sample() for _ in range(job.sampling.n)]) for job in jobs]
     async with aclosing(outputs(server, fields, jobs)) as items:
         async for index, item in items:
@@ -138,21 +137,23 @@ async def gather(
                 result.prompt_logprobs = item.prompt_logprobs
             for output in item.outputs:
                 result.samples[output.index].add(output)
-                saw(output)
     return results
 
 
-def usage(prompt: int, completion: int, cached: int, reasoning: int = 0) -> dict[str, Any]:
-    return {
+def usage(prompt: int, completion: int, cached: int, reasoning: int | None = None) -> dict[str, Any]:
+    """``reasoning`` None: the request's answers have no such part."""
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached},
-        "completion_tokens_details": {"reasoning_tokens": reasoning},
     }
+    if reasoning is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": reasoning}
+    return counts
 
 
-def total_usage(results: Sequence[Result], reasoning: int = 0) -> dict[str, Any]:
+def total_usage(results: Sequence[Result], reasoning: int | None = None) -> dict[str, Any]:
     completion = sum(len(s.token_ids) for r in results for s in r.samples)
     prompt, cached = sum(len(r.prompt_token_ids) for r in results), sum(r.cached for r in results)
     return usage(prompt, completion, cached, reasoning)
@@ -164,7 +165,8 @@ class StreamUsage:
     def __init__(self, fields: GenerationFields, jobs: Sequence[Job]) -> None:
         self.fields = fields
         self.prompt = sum(len(job.prompt_token_ids) for job in jobs)
-        self.completion = self.reasoning = 0
+        self.completion = 0
+        self.reasoning: int | None = None
         self._cached = [0] * len(jobs)
 
     def saw(self, index: int, item: RequestOutput) -> None:
