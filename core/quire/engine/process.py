@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ import msgspec
 import zmq
 
 from quire.config import EngineConfig
+from quire.engine.journal import Journal, digest
 from quire.errors import QueueFull, UserError
 from quire.message import (
     AbortRequest,
@@ -38,6 +40,9 @@ from quire.message import (
 
 logger = logging.getLogger("quire.engine")
 
+HEAVY = ("quire.engine.build", "quire.engine.runner", "quire.weights.load")
+"""What an engine imports whatever its device; none of it touches one."""
+
 
 class Launch(msgspec.Struct):
     """What the parent writes on standard input: a length (4 bytes, big-endian) and this, as msgpack."""
@@ -45,14 +50,17 @@ class Launch(msgspec.Struct):
     config: EngineConfig
     inbox: str  # address the engine receives on
     outbox: str  # address the engine sends to
+    journal: str  # file in which it notes what it does
     log_level: str = "INFO"
 
 
 class EngineServer:
     """Moves messages between the sockets and an EngineCore."""
 
-    def __init__(self, core: Any, inbox: zmq.Socket, outbox: zmq.Socket, integrity_check: bool = True) -> None:
-        self.core, self.inbox, self.outbox = core, inbox, outbox
+    def __init__(
+        self, core: Any, inbox: zmq.Socket, outbox: zmq.Socket, journal: Journal, integrity_check: bool = True
+    ) -> None:
+        self.core, self.inbox, self.outbox, self.journal = core, inbox, outbox, journal
         self.integrity_check = integrity_check
         self.decoder = msgspec.msgpack.Decoder(ToEngine)
         self.encoder = msgspec.msgpack.Encoder()
@@ -83,7 +91,9 @@ class EngineServer:
             if not busy and self.integrity_check and not idle_checked:
                 self.core.scheduler.check()
                 idle_checked = True
+            self.journal.idle()
             ready = dict(poller.poll(self._patience(busy, idle_checked)))
+            self.journal.busy()
             if self.inbox in ready:
                 self._receive()
                 idle_checked = False
@@ -110,15 +120,13 @@ class EngineServer:
         refused: list[SampleOutput] = []
         while True:
             try:
-                frame = self.inbox.recv(zmq.NOBLOCK)
+                about, frame = self.inbox.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            try:
-                message = self.decoder.decode(frame)
-            except msgspec.DecodeError as error:
-                logger.error("dropped a message that does not decode: %s", error)
-                continue
-            refused += self._handle(message)
+            # Noted before the message is so much as decoded: if that ends the process, it is known whose it was.
+            self.journal.taking(digest(about.decode()) if about else 0)
+            refused += self._handle(self.decoder.decode(frame))
+            self.journal.taking(0)
         if refused:
             self.send(StepOutputs(refused))
 
@@ -148,7 +156,10 @@ class EngineServer:
 
 def read_launch() -> Launch:
     stream = sys.stdin.buffer
-    size = int.from_bytes(stream.read(4), "big")
+    head = stream.read(4)
+    if len(head) < 4:
+        raise EOFError
+    size = int.from_bytes(head, "big")
     return msgspec.msgpack.decode(stream.read(size), type=Launch)
 
 
@@ -166,7 +177,12 @@ def watch_parent() -> None:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when the engine ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    launch = read_launch()
+    for module in HEAVY:  # before there is anything to do: a spare process waits here, with a second's work done
+        importlib.import_module(module)
+    try:
+        launch = read_launch()
+    except (EOFError, msgspec.DecodeError):
+        return 0  # the parent ended, or needs no spare
     watch_parent()
     logging.basicConfig(level=launch.log_level, format="%(levelname)s %(name)s: %(message)s")
     context = zmq.Context()
@@ -188,7 +204,8 @@ def main() -> int:
         # What is loaded now stays: the collector need not look at it again while a step waits.
         gc.collect()
         gc.freeze()
-        server = EngineServer(engine.core, inbox, outbox)
+        engine.core.journal = journal = Journal(launch.journal, engine.config.scheduler.max_num_seqs)
+        server = EngineServer(engine.core, inbox, outbox, journal)
         server.send(ready)
         server.run()
     except Exception as error:

@@ -242,6 +242,10 @@ class Scheduler(Planner):
         """Steps whose results are awaited."""
         return len(self._in_flight)
 
+    def newest_step(self) -> list[str]:
+        """The id of the request of each sequence in the step that was planned last."""
+        return [sequence.id for sequence in self._in_flight[-1].sequences]
+
     @property
     def num_waiting(self) -> int:
         """Sequences that wait, preempted ones included."""
