@@ -28,6 +28,7 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     adapter: str | None = None
     output_token_ids: list[list[int]] = []
     finished_samples: list[int] = []  # samples that were already finished: nothing more is computed for them
+    resumed: bool = False  # it was accepted before, so it is queued however many wait
     probe: int = 0  # end each sample that has not ended at this many output tokens, with reason "probe"; 0: never
 
 

@@ -156,9 +156,10 @@ class EngineProcess:
         if self.failure:
             raise EngineDead(self.failure)
         n = message.sampling.n
-        self._open[message.request_id] = OpenRequest(message, deliver, [[] for _ in range(n)], [False] * n)
+        request = OpenRequest(message, deliver, [[] for _ in range(n)], [False] * n)
+        self._open[message.request_id] = request
         if self._up.is_set() and self._recovery.probe is None:
-            self._send(message, message.request_id)
+            self._send(request.resume(probe=False), message.request_id)
 
     def abort(self, request_id: str, tell: bool = False) -> None:
         """Forget a request and have the engine free what it holds; ``tell`` whoever waits for its outputs."""
@@ -237,21 +238,16 @@ class EngineProcess:
         if output.token_ids:
             request.produced[output.index] += output.token_ids
             request.kills = 0
-        probed = output.request_id == self._recovery.probe
         if output.finish_reason == "probe":
-            through = self._recovery.passed(output)
-            if output.token_ids:
-                output.finish_reason = None
-                request.deliver(output)
-        else:
-            if output.finish_reason is not None:
-                request.finished[output.index] = True
-                if all(request.finished):
-                    del self._open[output.request_id]
+            self._recovery.passed.add(output.index)
+            output.finish_reason = None
+        elif output.finish_reason is not None:
+            request.finished[output.index] = True
+            if all(request.finished):
+                del self._open[output.request_id]
+        if output.token_ids or output.finish_reason is not None:
             request.deliver(output)
-            through = False
-        if through or probed:
-            self._after_probe()
+        self._after_probe()
 
     # -- recovery --------------------------------------------------------------------------------------------------
     def _ready(self, ready: EngineReady) -> None:
@@ -291,7 +287,7 @@ class EngineProcess:
         reason = self._hung or f"the engine process ended with {_status(status)}"
         killed = self._hung is None and status == -signal.SIGKILL
         suspects = self._suspects(self._journal.read(), killed) if was_up else []
-        self._fruitless += not suspects
+        self._fruitless += not suspects and not (was_up and killed)
         if self.info is None or self._fruitless > MAX_RESTARTS_IN_A_ROW:
             self.failure = self.failure or reason
             for request_id in list(self._open):
@@ -309,7 +305,8 @@ class EngineProcess:
         self.restarts += 1
         self._end_generation()
         await asyncio.sleep(0.25 * self._fruitless)
-        self.spawn()
+        if not self._closing:
+            self.spawn()
 
     def _suspects(self, record: Record, killed: bool) -> list[str]:
         """The open requests that the engine was working on when it died. A crash outside of any step may be due to any

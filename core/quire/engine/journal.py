@@ -19,6 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 STEPS = 2  # that may be in flight
+COMPILING = STEPS  # the slot after theirs: requests whose grammar is being compiled
 _HEAD = struct.Struct("=dQBdB")  # loop busy since, request being taken in, all are suspects, step since, new shape
 _COUNT = struct.Struct("=I")
 
@@ -33,7 +34,7 @@ def digest(request_id: str) -> int:
 class Record:
     """What a journal said when it was read."""
 
-    requests: frozenset[int]  # digests: in a step in flight, or being taken in
+    requests: frozenset[int]  # digests: in a step in flight, being compiled or taken in
     everyone: bool  # the fault is in planning, so any request may be to blame
     busy_for: float  # seconds that the engine's loop has been away from its sockets; 0: it waits there
     step_for: float  # seconds that the oldest step in flight has been running; 0: none
@@ -45,7 +46,7 @@ class Journal:
 
     def __init__(self, path: str | Path, rows: int, create: bool = False) -> None:
         self._slot = _COUNT.size + 8 * rows
-        length = _HEAD.size + STEPS * self._slot
+        length = _HEAD.size + (STEPS + 1) * self._slot
         flags = os.O_RDWR | (os.O_CREAT | os.O_TRUNC if create else 0)
         handle = os.open(path, flags | getattr(os, "O_BINARY", 0), 0o600)
         try:
@@ -77,20 +78,26 @@ class Journal:
 
     def begin(self, step: int, requests: Iterable[int]) -> None:
         """A step is about to be queued."""
-        noted = list(requests)
-        at = _HEAD.size + step % STEPS * self._slot
-        struct.pack_into(f"={len(noted)}Q", self._map, at + _COUNT.size, *noted)
-        _COUNT.pack_into(self._map, at, len(noted))
+        self._note(step % STEPS, list(requests))
 
     def end(self, step: int) -> None:
         """Its results have been taken in."""
-        _COUNT.pack_into(self._map, _HEAD.size + step % STEPS * self._slot, 0)
+        self._note(step % STEPS, [])
+
+    def compiling(self, request: int) -> None:
+        """This request's grammar is being compiled; 0: none is."""
+        self._note(COMPILING, [request] if request else [])
+
+    def _note(self, slot: int, requests: list[int]) -> None:
+        at = _HEAD.size + slot * self._slot
+        struct.pack_into(f"={len(requests)}Q", self._map, at + _COUNT.size, *requests)
+        _COUNT.pack_into(self._map, at, len(requests))
 
     # -- the client reads ------------------------------------------------------------------------------------------
     def read(self) -> Record:
         busy, taking, everyone, since, new_shape = _HEAD.unpack_from(self._map, 0)
         found = {taking} if taking else set()
-        for slot in range(STEPS):
+        for slot in range(STEPS + 1):
             at = _HEAD.size + slot * self._slot
             (count,) = _COUNT.unpack_from(self._map, at)
             found.update(struct.unpack_from(f"={count}Q", self._map, at + _COUNT.size))

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from quire.config import EngineConfig
+from quire.engine.compiling import Compiling
 from quire.engine.journal import Journal, digest
 from quire.errors import QueueFull, UserError
 from quire.message import (
@@ -58,9 +59,15 @@ class EngineServer:
     """Moves messages between the sockets and an EngineCore."""
 
     def __init__(
-        self, core: Any, inbox: zmq.Socket, outbox: zmq.Socket, journal: Journal, integrity_check: bool = True
+        self,
+        engine: Any,
+        inbox: zmq.Socket,
+        outbox: zmq.Socket,
+        journal: Journal,
+        integrity_check: bool = True,
     ) -> None:
-        self.core, self.inbox, self.outbox, self.journal = core, inbox, outbox, journal
+        self.core, self.inbox, self.outbox, self.journal = engine.core, inbox, outbox, journal
+        self.compiling = Compiling(engine.compiler, journal, self.ring) if engine.compiler is not None else None
         self.integrity_check = integrity_check
         self.decoder = msgspec.msgpack.Decoder(ToEngine)
         self.encoder = msgspec.msgpack.Encoder()
@@ -85,7 +92,7 @@ class EngineServer:
         idle_checked = False
         while not self.stopping:
             self.core.fill(self.ring)
-            busy = self.core.has_work()
+            busy = self.core.has_work() or bool(self.compiling)
             if not busy and self.draining:
                 return
             if not busy and self.integrity_check and not idle_checked:
@@ -100,6 +107,8 @@ class EngineServer:
             if self.wake.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     self.wake.recv(4096)
+                if self._take_compiled():
+                    idle_checked = False
             while self.core.ready():
                 self._send_outputs(self.core.collect())
                 self.core.fill(self.ring)
@@ -112,7 +121,7 @@ class EngineServer:
 
     def _patience(self, busy: bool, idle_checked: bool) -> int | None:
         """Milliseconds to sleep at most; None: until a message or a finished step."""
-        if busy and not self.core.in_flight:
+        if self.core.has_work() and not self.core.in_flight:
             return 20  # work that could not be planned now, e.g. only deadlines to wait for
         return None if busy or idle_checked or not self.integrity_check else 0
 
@@ -130,19 +139,36 @@ class EngineServer:
         if refused:
             self.send(StepOutputs(refused))
 
+    def _take_compiled(self) -> bool:
+        """Pass on what waits for its grammar no longer; whether there was anything."""
+        refused: list[SampleOutput] = []
+        messages = self.compiling.take() if self.compiling is not None else []
+        for message in messages:
+            self.journal.taking(digest(message.request_id))
+            refused += self._add(message)
+            self.journal.taking(0)
+        self._send_outputs(refused)
+        return bool(messages)
+
+    def _add(self, message: AddRequest) -> list[SampleOutput]:
+        try:
+            self.core.add(message)
+        except (UserError, ValueError) as error:
+            kind = "queue_full" if isinstance(error, QueueFull) else "refused"
+            return [
+                SampleOutput(message.request_id, index, [], finish_reason="error", error=str(error), error_kind=kind)
+                for index in range(message.sampling.n)
+            ]
+        return []
+
     def _handle(self, message: ToEngine) -> list[SampleOutput]:
         if isinstance(message, AddRequest):
-            try:
-                self.core.add(message)
-            except (UserError, ValueError) as error:
-                kind = "queue_full" if isinstance(error, QueueFull) else "refused"
-                return [
-                    SampleOutput(
-                        message.request_id, index, [], finish_reason="error", error=str(error), error_kind=kind
-                    )
-                    for index in range(message.sampling.n)
-                ]
+            if self.compiling is not None and self.compiling.put(message):
+                return []
+            return self._add(message)
         elif isinstance(message, AbortRequest):
+            if self.compiling is not None:
+                self.compiling.abort(message.request_ids, message.samples)
             self.core.abort(message.request_ids, message.samples)
         elif isinstance(message, StatsQuery):
             stats = self.core.stats(pages=message.pages)
@@ -205,7 +231,7 @@ def main() -> int:
         gc.collect()
         gc.freeze()
         engine.core.journal = journal = Journal(launch.journal, engine.config.scheduler.max_num_seqs)
-        server = EngineServer(engine.core, inbox, outbox, journal)
+        server = EngineServer(engine, inbox, outbox, journal)
         server.send(ready)
         server.run()
     except Exception as error:

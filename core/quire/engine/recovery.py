@@ -31,6 +31,7 @@ class OpenRequest:
     deliver: Callable[[SampleOutput], None]
     produced: list[list[int]] = field(default_factory=list)  # token ids per sample, so far
     finished: list[bool] = field(default_factory=list)
+    sent: bool = False  # an engine has seen it, so that it is too late to refuse it
     crashes: int = 0  # suspected of, since it was last cleared
     kills: int = 0  # while it was worked on, since its last token
 
@@ -39,6 +40,7 @@ class OpenRequest:
         message = self.message
         if any(self.produced):
             message.output_token_ids = self.produced
+        message.resumed, self.sent = self.sent, True
         message.finished_samples = [i for i, done in enumerate(self.finished) if done]
         message.probe = max(map(len, self.produced)) + PROBE_TOKENS if probe else 0
         return message
@@ -51,7 +53,7 @@ class Recovery:
         self.open: dict[str, OpenRequest] = {}
         self.probe: str | None = None
         self._queue: deque[str] = deque()
-        self._passed: set[int] = set()  # samples of the probe that are through
+        self.passed: set[int] = set()  # samples of the probe that are through
 
     def after_death(self, suspects: Iterable[str], killed: bool) -> list[str]:
         """Take in a death; the condemned, for the caller to fail. ``killed``: from outside, by SIGKILL."""
@@ -76,24 +78,18 @@ class Recovery:
     def next_probe(self) -> str | None:
         """The request to run alone now, or None: all may run."""
         self.probe = None
-        self._passed.clear()
+        self.passed.clear()
         while self._queue and self.probe is None:
             name = self._queue.popleft()
             self.probe = name if name in self.open else None
         return self.probe
 
-    def passed(self, output: SampleOutput) -> bool:
-        """Take in an output of the probe; whether it is through (or has ended)."""
-        if output.finish_reason == "probe":
-            self._passed.add(output.index)
-        return self.through()
-
     def through(self) -> bool:
-        """Whether nothing is left to see of the probe."""
+        """Whether nothing is left to see of the probe: it is cleared, or has ended."""
         request = self.open.get(self.probe or "")
         if request is None:
             return True
-        if not all(done or i in self._passed for i, done in enumerate(request.finished)):
+        if not all(done or i in self.passed for i, done in enumerate(request.finished)):
             return False
         request.crashes = request.kills = 0
         return True

@@ -41,7 +41,7 @@ class Scheduler(Planner):
         if message.request_id in self.requests:
             raise RequestRefused(f"request {message.request_id}: this id is in use")
         limit = check_request(message, self.config, self.blocks)
-        if len(self.waiting) >= self.config.max_waiting:
+        if len(self.waiting) >= self.config.max_waiting and not message.resumed:
             raise QueueFull(f"request {message.request_id}: max_waiting={self.config.max_waiting} are waiting already")
         arrival = message.arrival or self._clock()
         level = 0.0
