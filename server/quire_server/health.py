@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from quire import __version__
-from quire.errors import EngineDead
+from quire.errors import EngineDead, EngineRestarting
 from quire_server.errors import ApiError, json_response
 from quire_server.state import Server, server_of
 
@@ -36,6 +36,9 @@ async def health(server: State) -> Response:
         raise ApiError(
             503, f"the engine did not answer within {server.settings.health_timeout:g} s", code="engine_unresponsive"
         ) from None
+    except EngineRestarting:
+        message = "engine restarting; open requests go on when it is back"
+        raise ApiError(503, message, code="engine_restarting", headers={"Retry-After": "1"}) from None
     except EngineDead as error:
         raise ApiError(503, f"the engine is not running: {error}", code="engine_dead") from None
     return json_response({"status": "ok", "running": stats.running, "waiting": stats.waiting})

@@ -45,7 +45,8 @@ logger = logging.getLogger("quire.client")
 
 MAX_RESTARTS_IN_A_ROW = 4  # without an output, and with nobody to blame
 NEW_SHAPE_FACTOR = 5  # how much longer the first step of its size may take
-SPARE_AFTER = 2.0  # seconds that the first engine is left alone before a spare process starts beside it
+SPARE_AFTER = 2.0  # seconds that an engine is left alone before a spare process starts beside it
+COMMAND = (sys.executable, "-m", "quire.engine.process")
 
 
 class EngineProcess:
@@ -296,7 +297,10 @@ class EngineProcess:
             self._up.clear()
             return
         logger.error(
-            "%s while it was working on %d of %d open requests; starting it again", reason, len(suspects), len(self._open)
+            "%s while it was working on %d of %d open requests; starting it again",
+            reason,
+            len(suspects),
+            len(self._open),
         )
         for request_id in self._recovery.after_death(suspects, killed):
             logger.error("request %s ended the engine again, running alone, and is failed: %s", request_id, reason)
@@ -331,8 +335,7 @@ class EngineProcess:
 
     async def _keep_spare(self) -> None:
         """Have a process wait with everything imported: a restart then takes the time to load the model."""
-        if not self.restarts:
-            await asyncio.sleep(SPARE_AFTER)
+        await asyncio.sleep(SPARE_AFTER)
         if self._spare is None or self._spare.poll() is not None:
             self._spare = _start()
 
@@ -345,7 +348,7 @@ class EngineProcess:
 
 def _start() -> subprocess.Popen[bytes]:
     """A process that imports what an engine needs and waits for its Launch."""
-    return subprocess.Popen([sys.executable, "-m", "quire.engine.process"], stdin=subprocess.PIPE)
+    return subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
 
 
 def _status(status: int) -> str:
