@@ -117,7 +117,8 @@ async def kill(llm: AsyncLLM, chance: random.Random, tally: Tally, loading: bool
         return
     if chance.random() < 0.1:
         await asyncio.sleep(chance.random() * 0.2)
-        return await kill(llm, chance, tally, loading=True)
+        await kill(llm, chance, tally, loading=True)
+        return
     await engine.started()
     tally.ready.append(time.monotonic() - began)
     while tally.last < began:

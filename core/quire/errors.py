@@ -5,8 +5,8 @@ from __future__ import annotations
 from quire.hardware import DeviceUnavailable, UnsupportedOnDevice, UserError
 
 __all__ = [
-    "ConfigError", "DeviceUnavailable", "DoesNotFit", "EngineDead", "EngineRestarting", "ModelError", "QueueFull", "RequestRefused",
-    "UnsupportedOnDevice", "UserError",
+    "ConfigError", "DeviceUnavailable", "DoesNotFit", "EngineDead", "EngineRestarting", "ModelError", "QueueFull",
+    "RequestRefused", "UnsupportedOnDevice", "UserError",
 ]  # fmt: skip
 
 

@@ -166,7 +166,7 @@ class EngineServer:
             if self.compiling is not None and self.compiling.put(message):
                 return []
             return self._add(message)
-        elif isinstance(message, AbortRequest):
+        if isinstance(message, AbortRequest):
             if self.compiling is not None:
                 self.compiling.abort(message.request_ids, message.samples)
             self.core.abort(message.request_ids, message.samples)

@@ -83,7 +83,8 @@ class GrammarChecker:
         if self._process is None or self._process.poll() is not None:
             self._spawn()
             self._answer(START_TIMEOUT, "reading the tokenizer")
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
         with contextlib.suppress(OSError):  # it has ended: there will be no answer
             write(self._process.stdin, frame)
         return self._answer(self._timeout, "compiling it")
@@ -103,8 +104,10 @@ class GrammarChecker:
         self._process = process = subprocess.Popen(
             [sys.executable, "-m", "quire.sampling.grammar_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        self._answers = answers = queue.SimpleQueue()
-        assert process.stdin is not None and process.stdout is not None
+        answers: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
+        self._answers = answers
+        assert process.stdin is not None
+        assert process.stdout is not None
         stdout = process.stdout
 
         def listen() -> None:
