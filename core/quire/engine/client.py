@@ -46,6 +46,7 @@ logger = logging.getLogger("quire.client")
 MAX_RESTARTS_IN_A_ROW = 4  # without an output, and with nobody to blame
 NEW_SHAPE_FACTOR = 5  # how much longer the first step of its size may take
 SPARE_AFTER = 2.0  # seconds that an engine is left alone before a spare process starts beside it
+KILLED = -9  # status after a SIGKILL
 COMMAND = (sys.executable, "-m", "quire.engine.process")
 
 
@@ -286,7 +287,7 @@ class EngineProcess:
             if not future.done():
                 future.set_exception(EngineRestarting("engine restarting"))
         reason = self._hung or f"the engine process ended with {_status(status)}"
-        killed = self._hung is None and status == -signal.SIGKILL
+        killed = self._hung is None and status == KILLED
         suspects = self._suspects(self._journal.read(), killed) if was_up else []
         self._fruitless += not suspects and not (was_up and killed)
         if self.info is None or self._fruitless > MAX_RESTARTS_IN_A_ROW:
