@@ -4,7 +4,7 @@
 
 Streams of all kinds (greedy and seeded sampling, stop strings, several samples, a JSON schema) run without pause, while
 the engine process gets a SIGKILL at random moments, some while it is still loading. Every answer must be, token for
-token, that of an engine left alone. Also said: how long it took from a death to the next engine, and to the next token.
+token, that of an engine left alone. Also said: how long it took from a death to the next engine.
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class Tally:
     different: int = 0
     kills: int = 0
     ready: list[float] = field(default_factory=list)  # seconds from a death to the next engine
-    token: list[float] = field(default_factory=list)  # ... and to the next token of anybody
     last: float = 0.0  # time of the latest token
 
 
@@ -121,9 +120,6 @@ async def kill(llm: AsyncLLM, chance: random.Random, tally: Tally, loading: bool
         return
     await engine.started()
     tally.ready.append(time.monotonic() - began)
-    while tally.last < began:
-        await asyncio.sleep(0.002)
-    tally.token.append(tally.last - began)
 
 
 async def measure(model: str, kills: int, streams: int, tokens: int, seed: int = 0) -> Tally:
@@ -171,7 +167,6 @@ def main(arguments: list[str] | None = None) -> int:
         "failed": tally.failed,
         "different": tally.different,
         "seconds to the next engine": spread(tally.ready),
-        "seconds to the next token": spread(tally.token),
         "load": load,
     }
     if args.json:
