@@ -63,6 +63,9 @@ class EngineConfig:
     scheduler: SchedulerConfig = SchedulerConfig()
     cache: CacheConfig = CacheConfig()
     enforce_eager: bool = False  # never capture steps
+    step_timeout: float = 120.0  # seconds; an engine whose step takes longer is replaced; 0: it may take for ever
+    grammar_timeout: float = 5.0  # seconds that compiling one grammar may take
+    spare_process: bool = True  # keep a process that could become the engine, should it die
     plugins: tuple[str, ...] | None = None  # names of plugins to load; None: all
     log_format: LogFormat = "text"  # of an engine process of its own
 
@@ -84,10 +87,13 @@ class EngineConfig:
             "max_model_len": scheduler.max_model_len,
             "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
             "swap_space": cache.swap_space,
+            "step_timeout": self.step_timeout,
         }
         for name, number in not_negative.items():
             if number < 0:
                 raise ConfigError(f"{name} = {number}: must not be negative")
+        if not self.grammar_timeout > 0:
+            raise ConfigError(f"grammar_timeout = {self.grammar_timeout}: must be above 0")
         if cache.block_size & (cache.block_size - 1):
             raise ConfigError(f"block_size = {cache.block_size}: must be a power of two")
         utilization = cache.gpu_memory_utilization
@@ -115,7 +121,7 @@ class EngineConfig:
 
 ENGINE_FIELDS = {
     "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "batch_invariant", "load_format", "seed",
-    "enforce_eager", "revision", "hf_overrides", "quantization",
+    "enforce_eager", "revision", "hf_overrides", "quantization", "step_timeout", "grammar_timeout", "spare_process",
 }  # fmt: skip
 SCHEDULER_FIELDS = {
     "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting", "enable_chunked_prefill",

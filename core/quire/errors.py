@@ -5,8 +5,8 @@ from __future__ import annotations
 from quire.hardware import DeviceUnavailable, UnsupportedOnDevice, UserError
 
 __all__ = [
-    "ConfigError", "DeviceUnavailable", "DoesNotFit", "EngineDead", "ModelError", "QueueFull", "RequestRefused",
-    "UnsupportedOnDevice", "UserError",
+    "ConfigError", "DeviceUnavailable", "DoesNotFit", "EngineDead", "EngineRestarting", "ModelError", "QueueFull",
+    "RequestRefused", "UnsupportedOnDevice", "UserError",
 ]  # fmt: skip
 
 
@@ -36,3 +36,7 @@ class ModelError(UserError, ValueError):
 
 class EngineDead(RuntimeError):
     """The engine process has ended, or never came up. The message carries its last words."""
+
+
+class EngineRestarting(EngineDead):
+    """The engine process has ended and another one is starting; open requests will go on in it."""

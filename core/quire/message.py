@@ -28,6 +28,8 @@ class AddRequest(msgspec.Struct, tag="add", kw_only=True, omit_defaults=True):
     adapter: str | None = None
     output_token_ids: list[list[int]] = []
     finished_samples: list[int] = []  # samples that were already finished: nothing more is computed for them
+    resumed: bool = False  # it was accepted before, so it is queued however many wait
+    probe: int = 0  # end each sample that has not ended at this many output tokens, with reason "probe"; 0: never
 
 
 class AbortRequest(msgspec.Struct, tag="abort"):
@@ -65,7 +67,7 @@ class SampleOutput(msgspec.Struct, array_like=True, omit_defaults=True):
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    finish_reason: str | None = None  # stop, length, abort, error, deadline
+    finish_reason: str | None = None  # stop, length, abort, error, deadline; probe, which no caller sees
     stop_token_id: int | None = None  # the token that stopped it, when one did
     error: str | None = None
     error_kind: str | None = None  # refused, queue_full, or None for what failed while running

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from quire import __version__
-from quire.errors import EngineDead
+from quire.errors import EngineDead, EngineRestarting
 from quire_server.errors import ApiError, json_response
 from quire_server.state import Server, server_of
 
@@ -60,6 +60,8 @@ async def _asked(server: Server) -> EngineStats:
         return await server.engine.stats(timeout=server.settings.health_timeout)
     except TimeoutError:
         reason, code = f"the engine did not answer within {server.settings.health_timeout:g} s", "engine_unresponsive"
+    except EngineRestarting:
+        reason, code = "engine restarting; open requests go on when it is back", "engine_restarting"
     except EngineDead as error:
         reason, code = f"the engine is not running: {error}", "engine_dead"
     raise ApiError(503, reason, code=code, headers={"Retry-After": "1"})

@@ -195,7 +195,7 @@ def test_the_engine_ends_with_its_parent(tiny):
 
 def test_the_engine_logs_in_the_format_it_is_told(tiny, capfd):
     async def scenario(llm):
-        llm.engine._to.send(b"\xc1")  # no msgpack: the engine says that it drops it
+        llm.engine._to.send_multipart([b"", b"\xc1"])  # no msgpack: the engine says that it drops it
         await llm.stats(timeout=30)
 
     with_engine(tiny, scenario, log_format="json")

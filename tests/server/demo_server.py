@@ -57,9 +57,9 @@ class DemoServer:
 
     @property
     def engine(self) -> psutil.Process:
-        """The engine's process."""
-        (child,) = [p for p in psutil.Process(self.process.pid).children() if "quire.engine" in " ".join(p.cmdline())]
-        return child
+        """The engine's process: of those that run its code the oldest, the other being a spare."""
+        children = psutil.Process(self.process.pid).children()
+        return min((p for p in children if "quire.engine" in " ".join(p.cmdline())), key=lambda p: p.create_time())
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.base}/v1", api_key="none", max_retries=0, timeout=60)

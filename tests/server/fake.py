@@ -7,7 +7,7 @@ import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
-from quire.errors import EngineDead, QueueFull, RequestRefused
+from quire.errors import EngineDead, EngineRestarting, QueueFull, RequestRefused
 from quire.message import EngineReady, EngineStats
 from quire.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from quire.sampling.params import SamplingParams
@@ -70,6 +70,7 @@ class FakeLLM:
         self.hangs = False
         self.dead: str | None = None
         self.errored = False
+        self.restarting = False
         self.full = False
         self.fails_after: int | None = None
         self.breaks_after: int | None = None
@@ -144,6 +145,8 @@ class FakeLLM:
     async def stats(self, pages: bool = False, timeout: float = 5.0) -> EngineStats:
         if self.dead:
             raise EngineDead(self.dead)
+        if self.restarting:
+            raise EngineRestarting("engine restarting")
         if self.hangs:
             await asyncio.sleep(timeout)
             raise TimeoutError

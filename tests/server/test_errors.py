@@ -327,6 +327,18 @@ def test_hung_engine_is_not_healthy(make_live):
         assert http.get("/health").status_code == 200
 
 
+def test_restarting_engine_is_not_healthy_and_then_is(make_live):
+    live = make_live(FakeLLM())
+    live.engine.restarting = True
+    with live.http() as http:
+        response = http.get("/health")
+        assert error_of(response, 503)["code"] == "engine_restarting"
+        assert "engine restarting" in response.json()["error"]["message"]
+        assert response.headers["retry-after"] == "1"
+        live.engine.restarting = False
+        assert http.get("/health").status_code == 200
+
+
 def test_failure_in_the_middle_of_a_stream_is_an_event(make_live):
     live = make_live(FakeLLM())
     live.engine.fails_after = 5

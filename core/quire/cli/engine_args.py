@@ -59,6 +59,26 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scheduling-policy", default="fcfs", choices=["fcfs", "priority"])
     group.add_argument("--preemption-mode", default="auto", choices=["auto", "recompute", "swap"])
     group.add_argument("--async-scheduling", action=flag, default=True, help="plan a step while the one before runs")
+    group = parser.add_argument_group("recovery")
+    group.add_argument(
+        "--step-timeout",
+        type=float,
+        default=EngineConfig.step_timeout,
+        help="seconds after which an engine whose step does not end is replaced, five times as long for the first step of "
+        "its size, which may compile kernels; loading has no limit; 0: never (%(default)g)",
+    )
+    group.add_argument(
+        "--grammar-timeout",
+        type=float,
+        default=EngineConfig.grammar_timeout,
+        help="seconds that compiling one request's grammar may take (%(default)g)",
+    )
+    group.add_argument(
+        "--spare-process",
+        action=flag,
+        default=True,
+        help="keep a process at hand that becomes the engine should it die; it holds no model, and 150 MB of host memory",
+    )
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from quire.engine.outputs import RequestState, merge
 from quire.errors import EngineDead, QueueFull, RequestRefused
 from quire.message import EngineReady, EngineStats, SampleOutput
 from quire.outputs import RequestOutput
+from quire.sampling.grammar_worker import GrammarChecker
 from quire.sampling.params import DEFAULT_LIMITS, ParamLimits, SamplingParams
 
 if TYPE_CHECKING:
@@ -43,6 +45,9 @@ class AsyncLLM:
         self.engine: EngineProcess | None = None
         self.text: TextFiles | None = None
         self.inputs: InputProcessor | None = None
+        self._grammars: GrammarChecker | None = None
+        # Slow grammars wait for one another here; long prompts, in asyncio's own threads, do not wait for them.
+        self._grammar_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quire-grammar-check")
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -74,6 +79,7 @@ class AsyncLLM:
         except BaseException:
             await self.engine.close()
             raise
+        self._grammars = GrammarChecker(self.config, ready.vocab_size, ready.eos_token_ids)
         self.inputs = InputProcessor(
             self.tokenizer,
             ready.max_model_len,
@@ -81,6 +87,7 @@ class AsyncLLM:
             self.config.scheduler.max_num_seqs,
             ready.eos_token_ids,
             self.limits,
+            self._grammars.check,
         )
 
     def _open_text(self) -> Any:
@@ -112,8 +119,11 @@ class AsyncLLM:
         )  # fmt: skip
         # A long text takes milliseconds to tokenize, a grammar to compile: off the event loop. A short text is quicker
         # than the thread.
-        slow = len(prompt) > LONG_PROMPT or sampling_params.structured_outputs is not None
-        text, message = await asyncio.to_thread(prepare) if slow else prepare()
+        if sampling_params.structured_outputs is not None:
+            loop = asyncio.get_running_loop()
+            text, message = await loop.run_in_executor(self._grammar_thread, prepare)
+        else:
+            text, message = await asyncio.to_thread(prepare) if len(prompt) > LONG_PROMPT else prepare()
         stream = _Stream(RequestState(message, text, self.tokenizer))
         self.engine.add(message, lambda output: self._deliver(stream, output))
         try:
@@ -165,3 +175,6 @@ class AsyncLLM:
         while self.engine.open_requests and loop.time() < deadline:
             await asyncio.sleep(0.02)
         await self.engine.close()
+        if self._grammars is not None:
+            await asyncio.to_thread(self._grammars.close)
+        self._grammar_thread.shutdown(wait=False, cancel_futures=True)

@@ -38,6 +38,7 @@ class Engine:
     backend: Backend
     device: str  # "cpu" or "name:index", with the device's own name
     dtype: str
+    compiler: GrammarCompiler | None = None
 
     def close(self) -> None:
         self.core.close()
@@ -77,15 +78,15 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
         folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed,
         quantization=config.quantization,
     )  # fmt: skip
+    compiler = _grammar_compiler(config, spec)
     runner = Runner(
         backend, Decoder(spec, weights, backend), kv, memory.pages, memory.host_pages, scheduler_config.max_num_seqs,
-        memory.max_model_len, capture=not config.enforce_eager, compiler=_grammar_compiler(config, spec),
+        memory.max_model_len, capture=not config.enforce_eager, compiler=compiler,
     )  # fmt: skip
     scheduler = Scheduler(scheduler_config, cache_config, kv)
     core = EngineCore(scheduler, runner.run, overlap=scheduler_config.async_scheduling)
-    return Engine(
-        core, replace(config, scheduler=scheduler_config, cache=cache_config), spec, memory, backend, device, dtype
-    )
+    resolved = replace(config, scheduler=scheduler_config, cache=cache_config)
+    return Engine(core, resolved, spec, memory, backend, device, dtype, compiler)
 
 
 def _grammar_compiler(config: EngineConfig, spec: ModelSpec) -> GrammarCompiler | None:

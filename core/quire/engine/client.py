@@ -1,7 +1,7 @@
-"""The engine process seen from its parent: start it, talk to it, notice when it dies, start it again.
+"""The engine process seen from its parent: start it, talk to it, notice when it dies or hangs, start it again.
 
-What was open when it died is sent again with the tokens already produced, so that streams go on where they were
-(DESIGN's invariant 3). A request that was open in two deaths is failed by itself: it may be what kills the engine.
+What was open is sent again with the tokens already produced, so that streams go on where they were (DESIGN's
+invariant 3). Whom a death is blamed on, and who runs alone for a while because of it, recovery.py decides.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import msgspec
 import zmq
 import zmq.asyncio
 
 from quire.config import EngineConfig
+from quire.engine.journal import Journal, Record, digest
 from quire.engine.process import Launch
-from quire.errors import EngineDead
+from quire.engine.recovery import OpenRequest, Recovery
+from quire.errors import EngineDead, EngineRestarting
 from quire.message import (
     AbortRequest,
     AddRequest,
@@ -41,19 +43,11 @@ from quire.message import (
 
 logger = logging.getLogger("quire.client")
 
-MAX_DEATHS = 2  # engine deaths one request may be open in
-MAX_RESTARTS_IN_A_ROW = 3  # without a single output in between
-
-
-@dataclass
-class OpenRequest:
-    """What is needed to go on with a request in another engine process."""
-
-    message: AddRequest
-    deliver: Callable[[SampleOutput], None]
-    produced: list[list[int]] = field(default_factory=list)  # token ids per sample, so far
-    finished: list[bool] = field(default_factory=list)
-    deaths: int = 0
+MAX_RESTARTS_IN_A_ROW = 4  # without an output, and with nobody to blame
+NEW_SHAPE_FACTOR = 5  # how much longer the first step of its size may take
+SPARE_AFTER = 2.0  # seconds that an engine is left alone before a spare process starts beside it
+KILLED = -9  # status after a SIGKILL
+COMMAND = (sys.executable, "-m", "quire.engine.process")
 
 
 class EngineProcess:
@@ -66,13 +60,16 @@ class EngineProcess:
         self.restarts = 0
         self._on_ready = on_ready
         self._fruitless = 0
-        self._open: dict[str, OpenRequest] = {}
+        self._recovery = Recovery()
+        self._open = self._recovery.open
         self._queries: dict[int, asyncio.Future[EngineStats]] = {}
         self._next_query = 1
         self._folder = tempfile.mkdtemp(prefix="quire-")  # mode 0700: only this user can reach the sockets
         self._context = zmq.asyncio.Context()
         self._sending = zmq.Context()
         self._process: subprocess.Popen[bytes] | None = None
+        self._spare: subprocess.Popen[bytes] | None = None
+        self._hung: str | None = None  # why this process is being killed here
         self._generation = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._up = asyncio.Event()
@@ -83,20 +80,30 @@ class EngineProcess:
     def spawn(self) -> None:
         """Start the process; returns at once. ``await started()`` waits for it."""
         self._generation += 1
-        inbox, outbox = (f"ipc://{self._folder}/{name}{self._generation}" for name in ("in", "out"))
+        self._hung = None
+        inbox, outbox = (f"ipc://{self._path(name)}" for name in ("in", "out"))
         self._to, self._from = self._sending.socket(zmq.PUSH), self._context.socket(zmq.PULL)
         for end in (self._to, self._from):
             end.set_hwm(0)
         self._to.bind(inbox)
         self._from.bind(outbox)
-        self._process = subprocess.Popen([sys.executable, "-m", "quire.engine.process"], stdin=subprocess.PIPE)
-        launch = msgspec.msgpack.encode(
-            Launch(self.config, inbox, outbox, logging.getLevelName(logger.getEffectiveLevel()))
-        )
+        self._journal = Journal(self._path("journal"), self.config.scheduler.max_num_seqs, create=True)
+        level = logging.getLevelName(logger.getEffectiveLevel())
+        launch = msgspec.msgpack.encode(Launch(self.config, inbox, outbox, self._path("journal"), level))
+        self._process = self._take_spare() or _start()
         assert self._process.stdin is not None
-        self._process.stdin.write(len(launch).to_bytes(4, "big") + launch)
-        self._process.stdin.flush()
-        self._tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch(self._process))]
+        with contextlib.suppress(BrokenPipeError):  # it has ended already: the watch will tell
+            self._process.stdin.write(len(launch).to_bytes(4, "big") + launch)
+            self._process.stdin.flush()
+        work = (self._receive(), self._watch(self._process), self._guard(self._process))
+        self._tasks = [asyncio.create_task(one) for one in work]
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}{self._generation}"
+
+    def _take_spare(self) -> subprocess.Popen[bytes] | None:
+        spare, self._spare = self._spare, None
+        return spare if spare is not None and spare.poll() is None else None
 
     async def started(self) -> EngineReady:
         """Wait until the engine is ready. Raises EngineDead with its reason if it cannot be."""
@@ -121,6 +128,10 @@ class EngineProcess:
                 process.kill()
             process.wait()
         self._end_generation()
+        spare = self._take_spare()
+        if spare is not None:
+            spare.kill()
+            spare.communicate()
         self._context.term()
         self._sending.term()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -133,12 +144,13 @@ class EngineProcess:
         self._tasks = []
         for end in (self._to, self._from):
             end.close(0)
+        self._journal.close()
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
-        for name in ("in", "out"):
+        for name in ("in", "out", "journal"):
             with contextlib.suppress(OSError):
-                os.unlink(f"{self._folder}/{name}{self._generation}")
+                os.unlink(self._path(name))
 
     # -- requests --------------------------------------------------------------------------------------------------
     def add(self, message: AddRequest, deliver: Callable[[SampleOutput], None]) -> None:
@@ -146,9 +158,10 @@ class EngineProcess:
         if self.failure:
             raise EngineDead(self.failure)
         n = message.sampling.n
-        self._open[message.request_id] = OpenRequest(message, deliver, [[] for _ in range(n)], [False] * n)
-        if self._up.is_set():
-            self._send(message)
+        request = OpenRequest(message, deliver, [[] for _ in range(n)], [False] * n)
+        self._open[message.request_id] = request
+        if self._up.is_set() and self._recovery.probe is None:
+            self._send(request.resume(probe=False), message.request_id)
 
     def abort(self, request_id: str, tell: bool = False) -> None:
         """Forget a request and have the engine free what it holds; ``tell`` whoever waits for its outputs."""
@@ -160,6 +173,7 @@ class EngineProcess:
         for index, finished in enumerate(request.finished):
             if tell and not finished:
                 request.deliver(SampleOutput(request_id, index, [], finish_reason="abort"))
+        self._after_probe()
 
     def abort_samples(self, request_id: str, indices: list[int]) -> None:
         """End some samples of a request; the others go on."""
@@ -172,17 +186,19 @@ class EngineProcess:
             del self._open[request_id]
         if self._up.is_set():
             self._send(AbortRequest([], [(request_id, index) for index in indices]))
+        self._after_probe()
 
     @property
     def open_requests(self) -> int:
         return len(self._open)
 
     async def stats(self, pages: bool = False, timeout: float = 5.0) -> EngineStats:
-        """Ask the engine. Raises TimeoutError when it does not answer, EngineDead when it is gone."""
+        """Ask the engine. Raises TimeoutError when it does not answer, EngineDead when it is gone, EngineRestarting when
+        another one is on its way."""
         if self.failure:
             raise EngineDead(self.failure)
         if not self._up.is_set():
-            raise EngineDead("the engine is starting")
+            raise EngineRestarting("engine restarting") if self.restarts else EngineDead("the engine is starting")
         query, self._next_query = self._next_query, self._next_query + 1
         future = asyncio.get_running_loop().create_future()
         self._queries[query] = future
@@ -192,9 +208,10 @@ class EngineProcess:
         finally:
             self._queries.pop(query, None)
 
-    def _send(self, message: ToEngine) -> None:
-        # PUSH without a high-water mark never blocks; what is queued is bounded by the requests that are open.
-        self._to.send(self._encoder.encode(message), zmq.NOBLOCK)
+    def _send(self, message: ToEngine, about: str = "") -> None:
+        # PUSH without a high-water mark never blocks; what is queued is bounded by the requests that are open. Whom a
+        # message is about goes ahead of it: the engine notes that before it decodes the rest.
+        self._to.send_multipart([about.encode(), self._encoder.encode(message)], zmq.NOBLOCK)
 
     # -- what comes back -------------------------------------------------------------------------------------------
     async def _receive(self) -> None:
@@ -210,7 +227,7 @@ class EngineProcess:
                 if future is not None and not future.done():
                     future.set_result(message)
             elif isinstance(message, EngineReady):
-                self._resume(message)
+                self._ready(message)
             elif isinstance(message, EngineFailure):
                 logger.error("the engine failed: %s", message.message)
                 if self.info is None:  # it never came up: starting it again would end the same way
@@ -220,24 +237,43 @@ class EngineProcess:
         request = self._open.get(output.request_id)
         if request is None or request.finished[output.index]:
             return
-        request.produced[output.index] += output.token_ids
-        request.deaths = 0  # it makes progress: whatever killed the engine, it was not this request
-        if output.finish_reason is not None:
+        if output.token_ids:
+            request.produced[output.index] += output.token_ids
+            request.kills = 0
+        if output.finish_reason == "probe":
+            self._recovery.passed.add(output.index)
+            output.finish_reason = None
+        elif output.finish_reason is not None:
             request.finished[output.index] = True
             if all(request.finished):
                 del self._open[output.request_id]
-        request.deliver(output)
+        if output.token_ids or output.finish_reason is not None:
+            request.deliver(output)
+        self._after_probe()
 
-    def _resume(self, ready: EngineReady) -> None:
+    # -- recovery --------------------------------------------------------------------------------------------------
+    def _ready(self, ready: EngineReady) -> None:
         self.info = ready
         self._up.set()
         if self._on_ready is not None:
             self._on_ready(ready)
-        for request in self._open.values():
-            if any(request.produced):
-                request.message.output_token_ids = request.produced
-            request.message.finished_samples = [i for i, done in enumerate(request.finished) if done]
-            self._send(request.message)
+        if self.config.spare_process:
+            self._tasks.append(asyncio.create_task(self._keep_spare()))
+        self._resume()
+
+    def _resume(self) -> None:
+        """Send the next request that is to run alone; when there is none, everything that is open."""
+        name = self._recovery.next_probe()
+        if name is not None:
+            logger.info("request %s runs alone for a few tokens, to see whether it ends the engine", name)
+            self._send(self._open[name].resume(probe=True), name)
+            return
+        for name, request in self._open.items():
+            self._send(request.resume(probe=False), name)
+
+    def _after_probe(self) -> None:
+        if self._recovery.probe is not None and self._up.is_set() and self._recovery.through():
+            self._resume()
 
     async def _watch(self, process: subprocess.Popen[bytes]) -> None:
         loop = asyncio.get_running_loop()
@@ -245,12 +281,15 @@ class EngineProcess:
         if self._closing:
             return
         await asyncio.sleep(0.05)  # its last words may still be on the way
+        was_up = self._up.is_set()
         self._up.clear()
         for future in self._queries.values():
             if not future.done():
-                future.set_exception(EngineDead("the engine process ended"))
-        self._fruitless += 1
-        reason = f"the engine process ended with status {status}"
+                future.set_exception(EngineRestarting("engine restarting"))
+        reason = self._hung or f"the engine process ended with {_status(status)}"
+        killed = self._hung is None and status == KILLED
+        suspects = self._suspects(self._journal.read(), killed) if was_up else []
+        self._fruitless += not suspects and not (was_up and killed)
         if self.info is None or self._fruitless > MAX_RESTARTS_IN_A_ROW:
             self.failure = self.failure or reason
             for request_id in list(self._open):
@@ -258,23 +297,65 @@ class EngineProcess:
             self._up.set()  # wake who waits for a start
             self._up.clear()
             return
-        logger.error("%s; starting it again with %d open requests", reason, len(self._open))
-        for request_id, request in list(self._open.items()):
-            request.deaths += 1
-            if request.deaths >= MAX_DEATHS:
-                logger.error(
-                    "request %s was open in %d deaths of the engine and is failed",
-                    request_id,
-                    request.deaths,
-                    extra={"request_id": request_id},
-                )
-                self._fail(request_id, f"{reason}, {request.deaths} times while this request was open")
+        logger.error(
+            "%s while it was working on %d of %d open requests; starting it again",
+            reason,
+            len(suspects),
+            len(self._open),
+        )
+        for request_id in self._recovery.after_death(suspects, killed):
+            logger.error(
+                "request %s ended the engine again, running alone, and is failed: %s",
+                request_id,
+                reason,
+                extra={"request_id": request_id},
+            )
+            self._fail(request_id, f"{reason} again while it was working on this request alone")
+            self._fruitless = 0
         self.restarts += 1
         self._end_generation()
-        self.spawn()
+        await asyncio.sleep(0.25 * self._fruitless)
+        if not self._closing:
+            self.spawn()
+
+    def _suspects(self, record: Record, killed: bool) -> list[str]:
+        """The open requests that the engine was working on when it died. A crash outside of any step may be due to any
+        of them that it had been sent."""
+        if not record.everyone and (record.requests or killed):
+            return [name for name in self._open if digest(name) in record.requests]
+        return list(self._open) if self._recovery.probe is None else [self._recovery.probe]
+
+    async def _guard(self, process: subprocess.Popen[bytes]) -> None:
+        """Kill an engine that does not come to the end of a step, or whose loop does not come back to its sockets."""
+        limit = self.config.step_timeout
+        while limit:
+            await asyncio.sleep(min(1.0, limit / 4))
+            if not self._up.is_set():
+                continue  # loading has no limit
+            record = self._journal.read()
+            allowed = limit * NEW_SHAPE_FACTOR if record.new_shape else limit
+            for what, seconds in (("a step", record.step_for), ("the engine's loop", record.busy_for)):
+                if seconds > allowed and self._hung is None:
+                    self._hung = f"{what} did not end within {allowed:g} s (--step-timeout {limit:g}) and it was killed"
+                    process.kill()
+
+    async def _keep_spare(self) -> None:
+        """Have a process wait with everything imported: a restart then takes the time to load the model."""
+        await asyncio.sleep(SPARE_AFTER)
+        if self._spare is None or self._spare.poll() is not None:
+            self._spare = _start()
 
     def _fail(self, request_id: str, reason: str) -> None:
         request = self._open.pop(request_id)
         for index, finished in enumerate(request.finished):
             if not finished:
                 request.deliver(SampleOutput(request_id, index, [], finish_reason="error", error=reason))
+
+
+def _start() -> subprocess.Popen[bytes]:
+    """A process that imports what an engine needs and waits for its Launch."""
+    return subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
+
+
+def _status(status: int) -> str:
+    return signal.Signals(-status).name if -status in list(signal.Signals) else f"status {status}"

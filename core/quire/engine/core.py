@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from quire.engine.journal import Journal, digest
 from quire.message import AddRequest, EngineStats, SampleOutput, StepPlan, StepResult
 from quire.scheduler.scheduler import Scheduler
 
@@ -24,10 +25,12 @@ class EngineCore:
 
     def __init__(self, scheduler: Scheduler, run: Callable[[StepPlan], StepResult], overlap: bool = True) -> None:
         self.scheduler = scheduler
+        self.journal: Journal | None = None  # where steps are noted, in a process that somebody watches
         self.depth = 2 if overlap else 1
         self._run = run
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quire-runner")
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
+        self._shapes: set[tuple[int, int]] = set()  # of steps that have been run
         self.step_started = 0.0  # time.monotonic() when the oldest step in flight was queued; 0: none
         self.last_step = time.monotonic()
 
@@ -44,13 +47,20 @@ class EngineCore:
     def fill(self, done: Callable[[], None] | None = None) -> None:
         """Plan steps until enough are in flight. ``done`` is called from the worker thread as each one ends."""
         while len(self._in_flight) < self.depth:
-            plan = self.scheduler.schedule()
+            try:
+                plan = self.scheduler.schedule()
+            except Exception:
+                if self.journal is not None:
+                    self.journal.blame_everyone()
+                raise
             if plan is None:
                 return
+            if self.journal is not None:
+                self.journal.begin(plan.step, map(digest, self.scheduler.newest_step()))
             future = self._worker.submit(self._run, plan)
-            if not self._in_flight:
-                self.step_started = time.monotonic()
             self._in_flight.append((plan, future))
+            if len(self._in_flight) == 1:
+                self._oldest_began(time.monotonic())
             if done is not None:
                 future.add_done_callback(lambda _: done())
 
@@ -69,8 +79,17 @@ class EngineCore:
         plan, future = self._in_flight.popleft()
         result = future.result()
         self.last_step = time.monotonic()
-        self.step_started = self.last_step if self._in_flight else 0.0
-        return self.scheduler.update(plan, result)
+        self._shapes.add(_shape(plan))
+        self._oldest_began(self.last_step if self._in_flight else 0.0)
+        outputs = self.scheduler.update(plan, result)
+        if self.journal is not None:
+            self.journal.end(plan.step)
+        return outputs
+
+    def _oldest_began(self, when: float) -> None:
+        self.step_started = when
+        if self.journal is not None:
+            self.journal.stepping(when, bool(when) and _shape(self._in_flight[0][0]) not in self._shapes)
 
     def step(self) -> list[SampleOutput]:
         self.fill()
@@ -88,3 +107,8 @@ class EngineCore:
 
     def close(self) -> None:
         self._worker.shutdown(wait=True)
+
+
+def _shape(plan: StepPlan) -> tuple[int, int]:
+    """Steps of one shape run the same kernels, more or less."""
+    return plan.num_tokens.bit_length(), len(plan.rows).bit_length()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from quire.errors import RequestRefused
 from quire.message import AddRequest
 from quire.sampling.grammar import GrammarCompiler
-from quire.sampling.params import DEFAULT_LIMITS, InvalidParameter, ParamLimits, SamplingParams
+from quire.sampling.params import DEFAULT_LIMITS, InvalidParameter, ParamLimits, SamplingParams, StructuredOutputs
 
 if TYPE_CHECKING:
     from quire.text.tokenizer import Tokenizer
@@ -29,12 +29,16 @@ class InputProcessor:
         max_num_seqs: int,
         eos_token_ids: Sequence[int] = (),
         limits: ParamLimits = DEFAULT_LIMITS,
+        check_grammar: Callable[[StructuredOutputs], None] | None = None,
     ) -> None:
+        """``check_grammar`` raises InvalidParameter; None: grammars are compiled here."""
         self.tokenizer, self.limits = tokenizer, limits
         # The model's files and the tokenizer's may each name one; any of them ends a text, as in vLLM.
         self.eos_token_ids = list(dict.fromkeys([*eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())]))
         self._encode = None if tokenizer is None else lambda text: tokenizer.encode(text, add_special_tokens=False)
-        self._compiler = None if tokenizer is None else GrammarCompiler(lambda: tokenizer, vocab_size, eos_token_ids)
+        if tokenizer is not None and check_grammar is None:
+            check_grammar = GrammarCompiler(lambda: tokenizer, vocab_size, eos_token_ids).check
+        self._check_grammar = None if tokenizer is None else check_grammar
         self.max_model_len, self.vocab_size, self.max_num_seqs = max_model_len, vocab_size, max_num_seqs
 
     def tokenize(self, prompt: Prompt, add_special_tokens: bool = True) -> tuple[str | None, list[int]]:
@@ -101,11 +105,11 @@ class InputProcessor:
             raise RequestRefused(f"n = {params.n}: this server runs at most {self.max_num_seqs} sequences at once", "n")
         params = params.resolve(self.vocab_size, self.max_model_len, len(ids), self._encode, limits or self.limits)
         if params.structured_outputs is not None:
-            if self._compiler is None:
+            if self._check_grammar is None:
                 raise InvalidParameter(
                     "structured_outputs", params.structured_outputs, "needs a tokenizer, and this model has none"
                 )
-            self._compiler.check(params.structured_outputs)
+            self._check_grammar(params.structured_outputs)
         message = AddRequest(
             request_id=request_id,
             prompt_token_ids=ids,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import signal
@@ -21,6 +22,8 @@ import msgspec
 import zmq
 
 from quire.config import EngineConfig
+from quire.engine.compiling import Compiling
+from quire.engine.journal import Journal, digest
 from quire.errors import QueueFull, UserError
 from quire.logs import set_up
 from quire.message import (
@@ -38,6 +41,9 @@ from quire.message import (
 
 logger = logging.getLogger("quire.engine")
 
+HEAVY = ("quire.engine.build", "quire.engine.runner", "quire.weights.load")
+"""What an engine imports whatever its device; none of it touches one."""
+
 
 class Launch(msgspec.Struct):
     """What the parent writes on standard input: a length (4 bytes, big-endian) and this, as msgpack."""
@@ -45,14 +51,23 @@ class Launch(msgspec.Struct):
     config: EngineConfig
     inbox: str  # address the engine receives on
     outbox: str  # address the engine sends to
+    journal: str  # file in which it notes what it does
     log_level: str = "INFO"
 
 
 class EngineServer:
     """Moves messages between the sockets and an EngineCore."""
 
-    def __init__(self, core: Any, inbox: zmq.Socket, outbox: zmq.Socket, integrity_check: bool = True) -> None:
-        self.core, self.inbox, self.outbox = core, inbox, outbox
+    def __init__(
+        self,
+        engine: Any,
+        inbox: zmq.Socket,
+        outbox: zmq.Socket,
+        journal: Journal,
+        integrity_check: bool = True,
+    ) -> None:
+        self.core, self.inbox, self.outbox, self.journal = engine.core, inbox, outbox, journal
+        self.compiling = Compiling(engine.compiler, journal, self.ring) if engine.compiler is not None else None
         self.integrity_check = integrity_check
         self.decoder = msgspec.msgpack.Decoder(ToEngine)
         self.encoder = msgspec.msgpack.Encoder()
@@ -77,19 +92,23 @@ class EngineServer:
         idle_checked = False
         while not self.stopping:
             self.core.fill(self.ring)
-            busy = self.core.has_work()
+            busy = self.core.has_work() or bool(self.compiling)
             if not busy and self.draining:
                 return
             if not busy and self.integrity_check and not idle_checked:
                 self.core.scheduler.check()
                 idle_checked = True
+            self.journal.idle()
             ready = dict(poller.poll(self._patience(busy, idle_checked)))
+            self.journal.busy()
             if self.inbox in ready:
                 self._receive()
                 idle_checked = False
             if self.wake.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     self.wake.recv(4096)
+                if self._take_compiled():
+                    idle_checked = False
             while self.core.ready():
                 self._send_outputs(self.core.collect())
                 self.core.fill(self.ring)
@@ -102,7 +121,7 @@ class EngineServer:
 
     def _patience(self, busy: bool, idle_checked: bool) -> int | None:
         """Milliseconds to sleep at most; None: until a message or a finished step."""
-        if busy and not self.core.in_flight:
+        if self.core.has_work() and not self.core.in_flight:
             return 20  # work that could not be planned now, e.g. only deadlines to wait for
         return None if busy or idle_checked or not self.integrity_check else 0
 
@@ -110,31 +129,49 @@ class EngineServer:
         refused: list[SampleOutput] = []
         while True:
             try:
-                frame = self.inbox.recv(zmq.NOBLOCK)
+                about, frame = self.inbox.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
+            # Noted before the message is so much as decoded: if that ends the process, it is known whose it was.
+            self.journal.taking(digest(about.decode()) if about else 0)
             try:
-                message = self.decoder.decode(frame)
+                refused += self._handle(self.decoder.decode(frame))
             except msgspec.DecodeError as error:
                 logger.error("dropped a message that does not decode: %s", error)
-                continue
-            refused += self._handle(message)
+            self.journal.taking(0)
         if refused:
             self.send(StepOutputs(refused))
 
+    def _take_compiled(self) -> bool:
+        """Pass on what waits for its grammar no longer; whether there was anything."""
+        refused: list[SampleOutput] = []
+        messages = self.compiling.take() if self.compiling is not None else []
+        for message in messages:
+            self.journal.taking(digest(message.request_id))
+            refused += self._add(message)
+            self.journal.taking(0)
+        self._send_outputs(refused)
+        return bool(messages)
+
+    def _add(self, message: AddRequest) -> list[SampleOutput]:
+        try:
+            self.core.add(message)
+        except (UserError, ValueError) as error:
+            kind = "queue_full" if isinstance(error, QueueFull) else "refused"
+            return [
+                SampleOutput(message.request_id, index, [], finish_reason="error", error=str(error), error_kind=kind)
+                for index in range(message.sampling.n)
+            ]
+        return []
+
     def _handle(self, message: ToEngine) -> list[SampleOutput]:
         if isinstance(message, AddRequest):
-            try:
-                self.core.add(message)
-            except (UserError, ValueError) as error:
-                kind = "queue_full" if isinstance(error, QueueFull) else "refused"
-                return [
-                    SampleOutput(
-                        message.request_id, index, [], finish_reason="error", error=str(error), error_kind=kind
-                    )
-                    for index in range(message.sampling.n)
-                ]
-        elif isinstance(message, AbortRequest):
+            if self.compiling is not None and self.compiling.put(message):
+                return []
+            return self._add(message)
+        if isinstance(message, AbortRequest):
+            if self.compiling is not None:
+                self.compiling.abort(message.request_ids, message.samples)
             self.core.abort(message.request_ids, message.samples)
         elif isinstance(message, StatsQuery):
             stats = self.core.stats(pages=message.pages)
@@ -148,7 +185,10 @@ class EngineServer:
 
 def read_launch() -> Launch:
     stream = sys.stdin.buffer
-    size = int.from_bytes(stream.read(4), "big")
+    head = stream.read(4)
+    if len(head) < 4:
+        raise EOFError
+    size = int.from_bytes(head, "big")
     return msgspec.msgpack.decode(stream.read(size), type=Launch)
 
 
@@ -166,7 +206,12 @@ def watch_parent() -> None:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when the engine ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    launch = read_launch()
+    for module in HEAVY:  # before there is anything to do: a spare process waits here, with a second's work done
+        importlib.import_module(module)
+    try:
+        launch = read_launch()
+    except (EOFError, msgspec.DecodeError):
+        return 0  # the parent ended, or needs no spare
     watch_parent()
     set_up(launch.config.log_format, "engine", launch.log_level)
     context = zmq.Context()
@@ -188,7 +233,8 @@ def main() -> int:
         # What is loaded now stays: the collector need not look at it again while a step waits.
         gc.collect()
         gc.freeze()
-        server = EngineServer(engine.core, inbox, outbox)
+        engine.core.journal = journal = Journal(launch.journal, engine.config.scheduler.max_num_seqs)
+        server = EngineServer(engine, inbox, outbox, journal)
         server.send(ready)
         server.run()
     except Exception as error:

@@ -174,9 +174,11 @@ class GrammarCompiler:
         try:
             self.matcher(spec)
         except GrammarError as error:
-            given = next(value for value in (spec.json, spec.regex, spec.choice, spec.grammar, spec.structural_tag,
-                                             spec.json_object) if value is not None)  # fmt: skip
-            raise InvalidParameter("structured_outputs", given, f"cannot be honoured: {error}") from None
+            raise refusal(spec, str(error)) from None
+
+    def has(self, spec: StructuredOutputs) -> bool:
+        """Whether ``matcher`` would return at once."""
+        return msgspec.msgpack.encode(spec) in self._compiled
 
     def matcher(self, spec: StructuredOutputs) -> Any:
         """A fresh LLMatcher. Raises GrammarError."""
@@ -252,6 +254,13 @@ class _Vocabulary:
 
     def __call__(self, text: str) -> list[int]:
         return self._encode(text, add_special_tokens=False)
+
+
+def refusal(spec: StructuredOutputs, reason: str) -> InvalidParameter:
+    """What a caller is told of a grammar that cannot be honoured."""
+    kinds = (spec.json, spec.regex, spec.choice, spec.grammar, spec.structural_tag, spec.json_object)
+    given = next(value for value in kinds if value is not None)
+    return InvalidParameter("structured_outputs", given, f"cannot be honoured: {reason}")
 
 
 def brief(message: str) -> str:

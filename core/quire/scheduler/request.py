@@ -21,8 +21,8 @@ class Request:
 
     __slots__ = (
         "arrival", "cached_tokens", "deadline", "eos_token_ids", "id", "level", "limit", "min_tokens", "number", "open",
-        "prompt_len", "prompt_logprobs", "prompt_logprobs_due", "reserved_rows", "sampling", "scheduled", "seed", "sequences",
-        "stops",
+        "probing", "prompt_len", "prompt_logprobs", "prompt_logprobs_due", "reserved_rows", "sampling", "scheduled", "seed",
+        "sequences", "stops",
     )  # fmt: skip
 
     def __init__(self, message: AddRequest, number: int, arrival: float, level: float, limit: int) -> None:
@@ -31,8 +31,11 @@ class Request:
         self.sampling, self.seed = sampling, message.seed
         self.number, self.arrival, self.level = number, arrival, level
         self.deadline = None if message.deadline is None else arrival + message.deadline
-        self.limit = limit  # tokens at which a sample ends, prompt included
         self.prompt_len = len(message.prompt_token_ids)
+        self.limit = limit  # tokens at which a sample ends, prompt included
+        self.probing = 0 < message.probe < limit - self.prompt_len  # ... or is cut off, to go on later
+        if self.probing:
+            self.limit = self.prompt_len + message.probe
         stops = set(sampling.stop_token_ids or ())
         if not sampling.ignore_eos:
             stops.update(message.eos_token_ids)
@@ -59,7 +62,9 @@ class Request:
         produced = len(tokens) - self.prompt_len
         if produced >= self.min_tokens and produced and tokens[-1] in self.stops:
             return "stop"
-        return "length" if len(tokens) >= self.limit else None
+        if len(tokens) < self.limit:
+            return None
+        return "probe" if self.probing else "length"
 
 
 class Sequence:

@@ -48,7 +48,7 @@ class Scheduler(Planner):
         if message.request_id in self.requests:
             raise RequestRefused(f"request {message.request_id}: this id is in use")
         limit = check_request(message, self.config, self.blocks)
-        if len(self.waiting) >= self.config.max_waiting:
+        if len(self.waiting) >= self.config.max_waiting and not message.resumed:
             raise QueueFull(f"request {message.request_id}: max_waiting={self.config.max_waiting} are waiting already")
         arrival = message.arrival or self._clock()
         level = 0.0
@@ -253,6 +253,10 @@ class Scheduler(Planner):
     def in_flight(self) -> int:
         """Steps whose results are awaited."""
         return len(self._in_flight)
+
+    def newest_step(self) -> list[str]:
+        """The id of the request of each sequence in the step that was planned last."""
+        return [sequence.id for sequence in self._in_flight[-1].sequences]
 
     @property
     def num_waiting(self) -> int:
