@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from quire.errors import ModelError
+from quire.sampling import json_schema
 from quire.sampling.params import InvalidParameter, StructuredOutputs
 
 if TYPE_CHECKING:
@@ -66,19 +67,27 @@ def _schema(text: str) -> str:
     schema = _load(text, "the schema")
     if not isinstance(schema, dict | bool):
         raise GrammarError("a JSON schema is an object, or true or false")
-    if isinstance(schema, dict) and "x-guidance" in schema:
-        raise GrammarError("x-guidance is not a keyword of JSON Schema")
     # A schema that is just true or false is no grammar to llguidance.
-    return text if isinstance(schema, dict) else json.dumps({"allOf": [schema]})
+    return json.dumps(_prepared(schema) if isinstance(schema, dict) else {"allOf": [schema]})
+
+
+def _prepared(schema: dict[str, Any]) -> dict[str, Any]:
+    if "x-guidance" in schema:
+        raise GrammarError("x-guidance is not a keyword of JSON Schema")
+    try:
+        made: dict[str, Any] = json_schema.prepare(schema)
+    except json_schema.SchemaError as error:
+        raise GrammarError(str(error)) from None
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
+    return made
 
 
 def _options(spec: StructuredOutputs) -> Any:
-    """llguidance's options. Not lenient: a keyword that would be ignored is an error."""
-    options: dict[str, Any] = {"lenient": False, "coerce_one_of": False}
     if spec.disable_any_whitespace:
-        return options | {"whitespace_flexible": False}
+        return json_schema.OPTIONS | {"whitespace_flexible": False}
     pattern = WHITESPACE if spec.whitespace_pattern is None else spec.whitespace_pattern
-    return options | {"whitespace_flexible": True, "whitespace_pattern": pattern}
+    return json_schema.OPTIONS | {"whitespace_flexible": True, "whitespace_pattern": pattern}
 
 
 def _unanchored(regex: str) -> str:
@@ -140,10 +149,8 @@ def _structural_tag(text: str, special: Callable[[str], bool]) -> str:
 
 def json_rule(schema: dict[str, Any]) -> str:
     """A schema inside a Lark grammar, with the bounded white space of every other."""
-    if "x-guidance" in schema:
-        raise GrammarError("x-guidance is not a keyword of JSON Schema")
-    options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-    return "%json " + json.dumps({"x-guidance": options, **schema}, ensure_ascii=False)
+    options = json_schema.OPTIONS | {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    return "%json " + json.dumps({"x-guidance": options, **_prepared(schema)}, ensure_ascii=False)
 
 
 def closing(end: str, special: Callable[[str], bool]) -> str:
