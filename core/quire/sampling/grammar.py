@@ -20,6 +20,7 @@ import msgspec
 from quire.errors import ModelError
 from quire.sampling import json_schema
 from quire.sampling.params import InvalidParameter, StructuredOutputs
+from quire.sampling.thought import after
 
 if TYPE_CHECKING:
     from quire.text.tokenizer import Tokenizer
@@ -37,11 +38,16 @@ class GrammarError(ValueError):
     """Why a grammar cannot be honoured."""
 
 
-def source(spec: StructuredOutputs, special: Callable[[str], bool] = lambda text: False) -> str:
+def source(spec: StructuredOutputs, special: Callable[[str], int | None] = lambda text: None) -> str:
     """``spec`` as a grammar of llguidance, not yet compiled. Raises GrammarError.
 
-    ``special``: whether a text is one special token, which no sequence of other tokens can spell.
+    ``special``: the id of a text that is one special token, which no sequence of other tokens can spell.
     """
+    answer = _answer(spec, lambda text: special(text) is not None)
+    return answer if spec.thinking is None else after(spec.thinking, answer, special)
+
+
+def _answer(spec: StructuredOutputs, special: Callable[[str], bool]) -> str:
     from llguidance import LLMatcher
 
     if spec.json is not None or spec.json_object:
@@ -213,7 +219,7 @@ class GrammarCompiler:
             initial_lexer_fuel=COMPILE_FUEL, step_lexer_fuel=STEP_FUEL, step_max_items=STEP_ITEMS, verbose_errors=False
         )
         try:
-            grammar = source(spec, self._is_special)
+            grammar = source(spec, self._special)
         except GrammarError:
             raise
         except ValueError as error:
@@ -228,10 +234,10 @@ class GrammarCompiler:
             raise GrammarError(brief(first.get_error()) or "no output can match it")
         return matcher
 
-    def _is_special(self, text: str) -> bool:
+    def _special(self, text: str) -> int | None:
         assert self._tokenizer is not None
         token = self._tokenizer.token_to_id(text)
-        return token is not None and self._tokenizer.is_special(token)
+        return token if token is not None and self._tokenizer.is_special(token) else None
 
     def _load_vocabulary(self) -> Any:
         from llguidance import LLTokenizer

@@ -71,21 +71,25 @@ async def _chat(server: Server, body: ChatRequest, request_id: str) -> _Chat:
     room = server.room(len(ids), body.limit, "messages")
     scored = (body.top_logprobs or 0) if body.logprobs else None
     parsers = server.settings.parsers.choice(server.text.template(body) or "")
+    continued = str(body.messages[-1].as_dict()["content"]) if body.continue_final_message else None
+    inside = parsers.inside(prompt.text, continued)
     try:
+        structure = body.structure_with_tools(body.offers_tools and parsers.tools is Hermes)
+        if structure is not None:
+            structure.thinking = parsers.thinking(inside)
         sampling = body.sampling(
             server.text.defaults,
             max_tokens=room,
             logprobs=scored,
             prompt_logprobs=body.prompt_logprobs,
-            structure=body.structure_with_tools(body.offers_tools and parsers.tools is Hermes),
+            structure=structure,
         )
     except ValueError as error:
         raise renamed(from_engine(error), body.structure_field) from None
     if parsers.keeps_special(body.offers_tools):
         sampling.skip_special_tokens = False
     job = Job(request_id, prompt.text if ids is prompt.token_ids else None, ids, sampling)
-    continued = str(body.messages[-1].as_dict()["content"]) if body.continue_final_message else None
-    return _Chat(job, parsers, parsers.inside(prompt.text, continued))
+    return _Chat(job, parsers, inside)
 
 
 def _thinking(server: Server, body: ChatRequest) -> dict[str, Any]:
