@@ -44,7 +44,10 @@ def source(spec: StructuredOutputs, special: Callable[[str], int | None] = lambd
     ``special``: the id of a text that is one special token, which no sequence of other tokens can spell.
     """
     answer = _answer(spec, lambda text: special(text) is not None)
-    return answer if spec.thinking is None else after(spec.thinking, answer, special)
+    # A tag's free text may be reasoning anyway; a lexer that never goes back could not tell it from one that opens itself.
+    if spec.thinking is None or (spec.structural_tag is not None and not spec.thinking.opened):
+        return answer
+    return after(spec.thinking, answer, special)
 
 
 def _answer(spec: StructuredOutputs, special: Callable[[str], bool]) -> str:
