@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from quire import __version__
-from quire_server import engine_view, errors, health, tokenize
+from quire_server import document, engine_view, errors, health, tokenize
 from quire_server.auth import ApiKeys, AuthMiddleware
 from quire_server.lifecycle import GateMiddleware
 from quire_server.middleware import BodyLimitMiddleware, EnvelopeMiddleware
@@ -27,6 +27,7 @@ def create_app(server: Server) -> FastAPI:
     for router in (health.router, models.router, completions.router, chat.router, tokenize.router, engine_view.router):
         app.include_router(router)
     errors.install(app)
+    document.install(app, keys=bool(server.settings.api_keys))
     limits = server.limits
     # Added from the innermost to the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=limits.max_body_bytes, timeout=limits.body_timeout)
