@@ -6,7 +6,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from quire import __version__
-from quire_server import engine_view, errors, health, tokenize
+from quire_server import document, engine_view, errors, health, tokenize
 from quire_server.anthropic import messages
 from quire_server.anthropic.shape import ShapeMiddleware
 from quire_server.auth import AuthMiddleware
@@ -45,6 +45,7 @@ def create_app(server: Server) -> FastAPI:
     for module in (responses, responses_stored, messages, pooling):
         app.include_router(module.router)
     errors.install(app)
+    document.install(app, keys=bool(server.keys))
     server.batches = Batches(server, app)
     limits, uploads = server.limits, server.settings.batches
     upload = BodyLimit(uploads.max_file_bytes + FORM_BYTES, uploads.upload_timeout, "--max-file-bytes, and the form")

@@ -10,6 +10,7 @@ from typing import Any
 
 from quire import plugins
 from quire.errors import ConfigError
+from quire.sampling.params import Thinking
 from quire_server.tool_calls import AnswerParser
 
 AUTO, NONE = "auto", "none"
@@ -77,6 +78,15 @@ class Choice:
             return max(map(continued.rfind, starts), default=-1) > max(map(continued.rfind, ends), default=-1)
         text = prompt[-256:].rstrip()
         return True if text.endswith(starts) else False if text.endswith(ends) else None
+
+    def thinking(self, inside: bool | None) -> Thinking | None:
+        """What stands before an answer whose form is asked for; None: nothing does, or no mark says where it ends."""
+        starts, ends = (list(getattr(self.reasoning, name, ())) for name in ("STARTS", "ENDS"))
+        if inside is None:
+            inside = True if getattr(self.reasoning, "OPENED", False) else None
+        if inside is False or not ends or not (starts or inside):
+            return None
+        return Thinking(ends, starts, opened=bool(inside))
 
     def parser(
         self, inside: bool | None, tools: Sequence[dict[str, Any]], parallel: bool, show_reasoning: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Literal
 
 import jsonschema
@@ -205,3 +206,45 @@ def test_forced_calls_need_a_tool_and_a_template_that_teaches_them(make_live):
         assert refused(tool_choice="required", tools=TOOLS, response_format=FORMAT) == "response_format"
         live.engine.text.tokenizer.chat_templates = {"default": "{{ messages[0].content }}{{ tools }}"}
         assert refused(tool_choice="required", tools=TOOLS) == "tool_choice"
+
+
+THINK = {"chat_template_kwargs": {"enable_thinking": True}}
+
+
+def test_the_form_begins_behind_the_reasoning(client):
+    """The prompt has opened it. Whole and streamed, of several samples; the thoughts are no JSON, the answer is."""
+    options = {"response_format": FORMAT, "n": 2, "extra_body": THINK, "max_tokens": 400}
+    question = [{"role": "user", "content": "What is 12 + 30?"}]
+    whole = chat(client, messages=question, **options)
+    streamed = [["", ""] for _ in range(2)]
+    for chunk in chat(client, messages=question, **options, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index][0] += getattr(choice.delta, "reasoning", None) or ""
+            streamed[choice.index][1] += choice.delta.content or ""
+    for choice, (reasoning, content) in zip(whole.choices, streamed, strict=True):
+        assert choice.finish_reason == "stop"
+        assert choice.message.reasoning == reasoning
+        assert choice.message.content == content
+        with pytest.raises(ValueError):
+            json.loads(reasoning)
+        jsonschema.validate(json.loads(content), PERSON)
+
+
+def test_forced_calls_after_the_reasoning(client):
+    named = {"type": "function", "function": {"name": "add"}}
+    choice = chat(client, tools=TOOLS, tool_choice=named, extra_body=THINK, max_tokens=400).choices[0]
+    assert [name for name, _ in called(choice)] == ["add"]
+    assert choice.message.reasoning
+
+
+def test_structural_tag(client):
+    """Free text in which the trigger opens a structure, and nothing else follows it."""
+    tag = {
+        "type": "structural_tag",
+        "triggers": ["<"],
+        "structures": [{"begin": "<n>", "schema": {"type": "integer", "minimum": 0, "maximum": 9}, "end": "</n>"}],
+    }
+    bias = {str(t): 100 for t in client.post("/../tokenize", cast_to=object, body={"prompt": "<"})["tokens"][:1]}
+    text = chat(client, response_format=tag, logit_bias=bias, max_tokens=40).choices[0].message.content
+    assert re.search(r"<n>\d</n>", text), text
+    assert not re.sub(r"<n>\d</n>", "", text).rstrip("</n>0123456789").count("<")

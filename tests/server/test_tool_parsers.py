@@ -152,6 +152,13 @@ TEXTS = {
             "Ok",
             [PARIS, NOW],
         ),
+        "spaces": (
+            "Ok. <|tool_calls_section_begin|> <|tool_call_begin|>\nfunctions.get_weather:0 <|tool_call_argument_begin|> {\n"
+            '  "city": "Paris",\n  "days": 3\n} <|tool_call_end|> <|tool_call_begin|> now:1 <|tool_call_argument_begin|>{}'
+            "<|tool_call_end|> <|tool_calls_section_end|>",
+            "Ok.",
+            [PARIS, NOW],
+        ),
         "no arguments": ("<|tool_call_begin|>functions.now:0<|tool_call_end|>", None, []),
     },
     "glm45": {
@@ -161,6 +168,12 @@ TEXTS = {
             '<arg_value>{"lat": 1.5}</arg_value>\n<arg_key>units</arg_key>\n<arg_value>null</arg_value>\n</tool_call>',
             "",
             [ZIP],
+        ),
+        "indented": (
+            "I look.<tool_call>get_weather\n    <arg_key>city</arg_key>\n    <arg_value>Paris</arg_value>\n    "
+            "<arg_key>days</arg_key>\n    <arg_value>3</arg_value>\n    </tool_call>",
+            "I look.",
+            [PARIS],
         ),
         "none": ("x\n<tool_call>now</tool_call>\n<tool_call>now\n</tool_call>", "x", [NOW, NOW]),
         "unknown": ("<tool_call>f<arg_key>a</arg_key><arg_value>x y</arg_value></tool_call>", "", [("f", {"a": "x y"})]),
@@ -181,6 +194,13 @@ TEXTS = {
             [("get_weather", {"city": "<a>\n\n b"})],
         ),
         "none": ("<tool_call>\n<function=now>\n</function>\n</tool_call>", "", [NOW]),
+        "without the outer marks": (
+            "Sure.\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+            "</function>\n<function=now>\n</function>\n</tool_call>",
+            "Sure.",
+            [PARIS, NOW],
+        ),
+        "bare and cut off": ("<function=now>\n<parameter=x>\n1", None, []),
         "malformed": ("<tool_call>\n<function=now>\n<parameter=x>\n</function></tool_call>", None, []),
         "no function": ("<tool_call>now</tool_call>", None, []),
     },

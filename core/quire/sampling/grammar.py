@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from quire.errors import ModelError
+from quire.sampling import json_schema
 from quire.sampling.params import InvalidParameter, StructuredOutputs
+from quire.sampling.thought import after
 
 if TYPE_CHECKING:
     from quire.text.tokenizer import Tokenizer
@@ -36,11 +38,19 @@ class GrammarError(ValueError):
     """Why a grammar cannot be honoured."""
 
 
-def source(spec: StructuredOutputs, special: Callable[[str], bool] = lambda text: False) -> str:
+def source(spec: StructuredOutputs, special: Callable[[str], int | None] = lambda text: None) -> str:
     """``spec`` as a grammar of llguidance, not yet compiled. Raises GrammarError.
 
-    ``special``: whether a text is one special token, which no sequence of other tokens can spell.
+    ``special``: the id of a text that is one special token, which no sequence of other tokens can spell.
     """
+    answer = _answer(spec, lambda text: special(text) is not None)
+    # A tag's free text may be reasoning anyway; a lexer that never goes back could not tell it from one that opens itself.
+    if spec.thinking is None or (spec.structural_tag is not None and not spec.thinking.opened):
+        return answer
+    return after(spec.thinking, answer, special)
+
+
+def _answer(spec: StructuredOutputs, special: Callable[[str], bool]) -> str:
     from llguidance import LLMatcher
 
     if spec.json is not None or spec.json_object:
@@ -66,19 +76,27 @@ def _schema(text: str) -> str:
     schema = _load(text, "the schema")
     if not isinstance(schema, dict | bool):
         raise GrammarError("a JSON schema is an object, or true or false")
-    if isinstance(schema, dict) and "x-guidance" in schema:
-        raise GrammarError("x-guidance is not a keyword of JSON Schema")
     # A schema that is just true or false is no grammar to llguidance.
-    return text if isinstance(schema, dict) else json.dumps({"allOf": [schema]})
+    return json.dumps(_prepared(schema) if isinstance(schema, dict) else {"allOf": [schema]})
+
+
+def _prepared(schema: dict[str, Any]) -> dict[str, Any]:
+    if "x-guidance" in schema:
+        raise GrammarError("x-guidance is not a keyword of JSON Schema")
+    try:
+        made: dict[str, Any] = json_schema.prepare(schema)
+    except json_schema.SchemaError as error:
+        raise GrammarError(str(error)) from None
+    except RecursionError:
+        raise GrammarError("the schema is nested too deeply") from None
+    return made
 
 
 def _options(spec: StructuredOutputs) -> Any:
-    """llguidance's options. Not lenient: a keyword that would be ignored is an error."""
-    options: dict[str, Any] = {"lenient": False, "coerce_one_of": False}
     if spec.disable_any_whitespace:
-        return options | {"whitespace_flexible": False}
+        return json_schema.OPTIONS | {"whitespace_flexible": False}
     pattern = WHITESPACE if spec.whitespace_pattern is None else spec.whitespace_pattern
-    return options | {"whitespace_flexible": True, "whitespace_pattern": pattern}
+    return json_schema.OPTIONS | {"whitespace_flexible": True, "whitespace_pattern": pattern}
 
 
 def _unanchored(regex: str) -> str:
@@ -140,10 +158,8 @@ def _structural_tag(text: str, special: Callable[[str], bool]) -> str:
 
 def json_rule(schema: dict[str, Any]) -> str:
     """A schema inside a Lark grammar, with the bounded white space of every other."""
-    if "x-guidance" in schema:
-        raise GrammarError("x-guidance is not a keyword of JSON Schema")
-    options = {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
-    return "%json " + json.dumps({"x-guidance": options, **schema}, ensure_ascii=False)
+    options = json_schema.OPTIONS | {"whitespace_flexible": True, "whitespace_pattern": WHITESPACE}
+    return "%json " + json.dumps({"x-guidance": options, **_prepared(schema)}, ensure_ascii=False)
 
 
 def closing(end: str, special: Callable[[str], bool]) -> str:
@@ -208,7 +224,7 @@ class GrammarCompiler:
             initial_lexer_fuel=COMPILE_FUEL, step_lexer_fuel=STEP_FUEL, step_max_items=STEP_ITEMS, verbose_errors=False
         )
         try:
-            grammar = source(spec, self._is_special)
+            grammar = source(spec, self._special)
         except GrammarError:
             raise
         except ValueError as error:
@@ -223,10 +239,10 @@ class GrammarCompiler:
             raise GrammarError(brief(first.get_error()) or "no output can match it")
         return matcher
 
-    def _is_special(self, text: str) -> bool:
+    def _special(self, text: str) -> int | None:
         assert self._tokenizer is not None
         token = self._tokenizer.token_to_id(text)
-        return token is not None and self._tokenizer.is_special(token)
+        return token if token is not None and self._tokenizer.is_special(token) else None
 
     def _load_vocabulary(self) -> Any:
         from llguidance import LLTokenizer

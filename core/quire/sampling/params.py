@@ -60,6 +60,22 @@ DEFAULT_LIMITS = ParamLimits()
 STRUCTURES = ("json", "json_object", "regex", "choice", "grammar", "structural_tag")
 
 
+class Thinking(msgspec.Struct, omit_defaults=True):
+    """The marks of a model's reasoning, which stands before its answer.
+
+    ``opened``: the prompt has opened it; if not, the output may begin with one of ``starts``, or with the answer.
+    """
+
+    ends: list[str]
+    starts: list[str] = []
+    opened: bool = False
+
+    def __post_init__(self) -> None:
+        needed = [self.ends] if self.opened else [self.ends, self.starts]
+        if not all(isinstance(m, list) and m and all(isinstance(text, str) and text for text in m) for m in needed):
+            raise InvalidParameter("structured_outputs", "thinking", "ends (and starts) must be lists of texts")
+
+
 class StructuredOutputs(msgspec.Struct, omit_defaults=True):
     """What form the output must have: exactly one of the first six, with vLLM's names. Raises InvalidParameter.
 
@@ -70,6 +86,8 @@ class StructuredOutputs(msgspec.Struct, omit_defaults=True):
 
     White space between the elements of JSON is bounded: nothing, a space, or a new line and its indentation;
     ``disable_any_whitespace`` allows none, ``whitespace_pattern`` (a regex) says what is allowed instead.
+
+    With ``thinking``, the form begins behind the model's reasoning, which is free.
     """
 
     json: Any = None
@@ -80,6 +98,7 @@ class StructuredOutputs(msgspec.Struct, omit_defaults=True):
     structural_tag: Any = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
+    thinking: Thinking | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in STRUCTURES if getattr(self, name) is not None]

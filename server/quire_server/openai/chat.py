@@ -80,14 +80,19 @@ async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun
     room = server.room(len(ids), body.limit, "messages")
     scored = (body.top_logprobs or 0) if body.logprobs else None
     parsers = server.settings.parsers.choice(server.text.template(body) or "")
+    continued = str(body.messages[-1].as_dict()["content"]) if body.continue_final_message else None
+    inside = parsers.inside(prompt.text, continued)
 
     def prepare() -> tuple[SamplingParams, list[dict[str, Any]]]:
+        structure = body.structure_with_tools(body.offers_tools and parsers.tools is Hermes)
+        if structure is not None:
+            structure.thinking = parsers.thinking(inside)
         sampling = body.sampling(
             server.text.defaults,
             max_tokens=room,
             logprobs=scored,
             prompt_logprobs=body.prompt_logprobs,
-            structure=body.structure_with_tools(body.offers_tools and parsers.tools is Hermes),
+            structure=structure,
         )
         return sampling, [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.offers_tools else []
 
@@ -98,8 +103,7 @@ async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun
     if parsers.keeps_special(body.offers_tools):
         sampling.skip_special_tokens = False
     job = Job(request_id, prompt.text if ids is prompt.token_ids else None, ids, sampling)
-    continued = str(body.messages[-1].as_dict()["content"]) if body.continue_final_message else None
-    return ChatRun(job, parsers, parsers.inside(prompt.text, continued), tools)
+    return ChatRun(job, parsers, inside, tools)
 
 
 def _thinking(server: Server, body: ChatRequest) -> dict[str, Any]:

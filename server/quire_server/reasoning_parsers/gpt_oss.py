@@ -10,6 +10,8 @@ from quire_server.tool_parsers.harmony import Harmony
 
 class GptOss(Harmony):
     reads_calls = Harmony
+    STARTS = ("<|channel|>analysis<|message|>",)
+    ENDS = ("<|end|><|start|>assistant<|channel|>final<|message|>",)
 
     def __init__(self, inside: bool | None = None, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(tools)

@@ -1,16 +1,32 @@
 """Qwen3-Coder: ``<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>``. Values are bare
-text between line breaks."""
+text between line breaks. The model now and then leaves out the outer marks, of which the first does no harm."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from quire_server.reader import Steps, Tags
 from quire_server.tool_calls import Call, Framed, dump_arguments
 from quire_server.tool_parsers import typed
 
 
 class Qwen3Coder(Framed):
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    BARE = "<function="
+
+    def steps(self) -> Steps[None]:
+        marks, close, end_of_bare = Tags(self.OPEN, self.BARE), Tags(self.CLOSE), Tags("</function>")
+        while mark := (yield from self.say_until(marks)):
+            body, end = yield from self.reader.body(close if mark == self.OPEN else end_of_bare)
+            raw = mark + body + end
+            if mark == self.OPEN:
+                self.give(self.read(body), raw)
+                continue
+            calls = self.read(raw)
+            self.give(calls, raw)
+            if calls is not None:
+                yield from self.reader.space()
+                yield from self.reader.accept(self.CLOSE)
 
     def read(self, body: str) -> list[Call] | None:
         function, closed, after = body.strip().rpartition("</function>")
