@@ -119,18 +119,18 @@ def linear(x: Tensor, weight: Tensor | Quantized, bias: Tensor | None = None, ba
     out = torch.empty((len(x), n), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
-    quantized = isinstance(weight, Quantized)
-    bits = weight.bits if quantized else 8 * x.element_size()
     few = len(x) <= configs.FEW_ROWS and not batch_invariant
-    tile = configs.linear(configs.architecture(x.device), x.element_size(), few, weight.group if quantized else None)
-    scales = weight.scales if quantized else x
-    zeros = weight.zeros if quantized and weight.zeros is not None else x
+    values: Tensor
+    if isinstance(weight, Quantized):
+        values, scales, bits, group = weight.q, weight.scales, weight.bits, weight.group
+        zeros = weight.zeros
+    else:
+        values, scales, bits, group, zeros = weight, x, 8 * x.element_size(), 0, None
+    tile = configs.linear(configs.architecture(x.device), x.element_size(), few, group or None)
     grid = (triton.cdiv(n, tile.columns), triton.cdiv(len(x), tile.rows))
     linear_kernel[grid](
-        x, weight.q if quantized else weight, scales, zeros, x if bias is None else bias, out, len(x), x.stride(0),
-        N=n, K=k, BITS=bits, GROUP=weight.group if quantized else 0,
-        ZEROS=quantized and weight.zeros is not None, BIAS=bias is not None,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.step, DOT=factors(x),
-        num_warps=tile.warps, num_stages=tile.stages,
+        x, values, scales, x if zeros is None else zeros, x if bias is None else bias, out, len(x), x.stride(0),
+        N=n, K=k, BITS=bits, GROUP=group, ZEROS=zeros is not None, BIAS=bias is not None, BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns, BLOCK_K=tile.step, DOT=factors(x), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
