@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from quire.sampling.params import SamplingParams
@@ -55,6 +55,17 @@ class Text:
         if body is not None and body.offers_tools and "tool_use" in named:
             return named["tool_use"]
         return named.get("default")
+
+    @lru_cache(maxsize=16)  # noqa: B019
+    def thinking_prompt(self, template: str) -> str:
+        """A prompt of ``template`` with thinking switched on; empty where it has no such switch."""
+        if not mentions(template, "enable_thinking"):
+            return ""
+        ask = [{"role": "user", "content": "?"}]
+        try:
+            return self.files.render_chat(ask, template=template, add_generation_prompt=True, enable_thinking=True)
+        except ValueError:  # it wants another conversation
+            return ""
 
     async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
         """The token ids of each text."""

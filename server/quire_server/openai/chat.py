@@ -79,14 +79,17 @@ async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun
         raise refuse("messages", "messages: the chat template makes an empty prompt of them")
     room = server.room(len(ids), body.limit, "messages")
     scored = (body.top_logprobs or 0) if body.logprobs else None
-    parsers = server.settings.parsers.choice(server.text.template(body) or "")
+    template = server.text.template(body) or ""
+    parsers = server.settings.parsers.choice(template)
     continued = str(body.messages[-1].as_dict()["content"]) if body.continue_final_message else None
     inside = parsers.inside(prompt.text, continued)
 
     def prepare() -> tuple[SamplingParams, list[dict[str, Any]]]:
         structure = body.structure_with_tools(body.offers_tools and parsers.tools is Hermes)
         if structure is not None:
-            structure.thinking = parsers.thinking(inside)
+            # A template that opens the reasoning itself when it is switched on has it switched off if it does not.
+            off = inside is None and parsers.inside(server.text.thinking_prompt(template))
+            structure.thinking = None if off else parsers.thinking(inside)
         sampling = body.sampling(
             server.text.defaults,
             max_tokens=room,
