@@ -10,6 +10,7 @@ def load(settings: dict) -> tuple[Generate, str]:
         settings["model"],
         skip_tokenizer_init=True,
         dtype=settings["dtype"],
+        quantization=settings.get("quantization"),
         threads=settings["threads"],
         max_model_len=settings["max_model_len"],
         max_num_seqs=settings["max_num_seqs"],
