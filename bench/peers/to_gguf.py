@@ -90,9 +90,7 @@ def main() -> None:
                     weight = pairs_apart(weight, config["num_key_value_heads"])
                 kind = stored if weight.dim() == 2 else gguf.GGMLQuantizationType.F32
                 data = gguf.quants.quantize(weight.numpy(), kind)
-                writer.add_tensor(
-                    names.get_name(key, (".weight", ".bias")) + key[key.rindex(".") :], data, raw_dtype=kind
-                )
+                writer.add_tensor(names.get_name(key, (".weight", ".bias")), data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file(progress=True)
