@@ -55,7 +55,10 @@ def main() -> None:
     for axes, content in zip(panels[:, 0], contents, strict=True):
         panel(axes, content)
         axes.set_ylabel("share of the limit")
-    panels[0, 0].legend(ncols=5, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.28))
+    bars = {name: bar for axes in panels[:, 0] for bar, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    panels[0, 0].legend(
+        bars.values(), bars.keys(), ncols=5, fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(0, 1.28)
+    )
     figure.tight_layout()
     figure.savefig(args.out, metadata={"Date": None})
 
