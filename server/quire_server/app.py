@@ -63,6 +63,7 @@ def create_app(server: Server) -> FastAPI:
         at_once=server.settings.max_concurrent_requests_per_key,
     )
     _guard(app, server, server.settings.network.host)
+    app.add_middleware(ShapeMiddleware)
     return app
 
 
@@ -91,4 +92,3 @@ def _guard(app: FastAPI, server: Server, host: str) -> None:
         )
     app.add_middleware(HostMiddleware, allowed=network.hosts(host))
     app.add_middleware(EnvelopeMiddleware, access_log=server.settings.access_log, tracing=server.tracing)
-    app.add_middleware(ShapeMiddleware)

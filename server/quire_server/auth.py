@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from starlette.datastructures import Headers
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from quire_server.errors import ApiError
@@ -11,6 +12,12 @@ from quire_server.metrics import Metrics
 from quire_server.pages import ASSETS
 
 OPEN_PATHS = frozenset({"/health", "/live", "/ready", "/ping", *ASSETS})
+
+
+def owner_of(request: Request) -> str | None:
+    """Who may see what this request stores: the name of its API key; None where there are no keys: then everybody."""
+    owner: str | None = getattr(request.state, "key_name", None)
+    return owner
 
 
 class AuthMiddleware:

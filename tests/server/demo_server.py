@@ -15,6 +15,16 @@ import httpx
 import openai
 import psutil
 
+ADD_PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "description": "The first number."},
+        "b": {"type": "integer", "description": "The second number."},
+    },
+    "required": ["a", "b"],
+}
+"""Of the tool ``add``, as the demo model was taught it."""
+
 
 class DemoServer:
     """The command in a process of its own. ``first_answer`` is how long it took from the command to a served port."""

@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import eventually
-from demo_server import DemoServer, checkpoint
+from demo_server import ADD_PARAMETERS, DemoServer, checkpoint
 
 CAPITAL = [{"role": "user", "content": "What is the capital of France?"}]
 STORY = "Once upon a time"
@@ -20,14 +20,7 @@ ADD = {
     "function": {
         "name": "add",
         "description": "Add two numbers.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "a": {"type": "integer", "description": "The first number."},
-                "b": {"type": "integer", "description": "The second number."},
-            },
-            "required": ["a", "b"],
-        },
+        "parameters": ADD_PARAMETERS,
     },
 }
 

@@ -7,7 +7,7 @@ import json
 import anthropic
 import pytest
 from anthropic.types import message_count_tokens_params, message_create_params
-from demo_server import DemoServer
+from demo_server import ADD_PARAMETERS, DemoServer
 from fake import FakeLLM
 
 from quire_server.anthropic import messages
@@ -358,14 +358,7 @@ def test_an_error_within_a_stream(make_live, kind):
 ADD = {
     "name": "add",
     "description": "Add two numbers.",
-    "input_schema": {
-        "type": "object",
-        "properties": {
-            "a": {"type": "integer", "description": "The first number."},
-            "b": {"type": "integer", "description": "The second number."},
-        },
-        "required": ["a", "b"],
-    },
+    "input_schema": ADD_PARAMETERS,
 }
 
 

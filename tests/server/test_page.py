@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, Browser
 from conftest import eventually
-from demo_server import DemoServer
+from demo_server import ADD_PARAMETERS, DemoServer
 from fake import FakeLLM
 
 from quire.kv.accounts import CACHED, FREE, OWNED, RESERVED, SHARED
@@ -280,14 +280,7 @@ def test_tools_are_called_and_their_results_sent(browser, demo):
             "function": {
                 "name": "add",
                 "description": "Add two numbers.",
-                "parameters": {
-                    "type": "object",
-                    "properties": {
-                        "a": {"type": "integer", "description": "The first number."},
-                        "b": {"type": "integer", "description": "The second number."},
-                    },
-                    "required": ["a", "b"],
-                },
+                "parameters": ADD_PARAMETERS,
             },
         }
     ]

@@ -10,7 +10,7 @@ import jsonschema
 import openai
 import pytest
 from conftest import eventually
-from demo_server import DemoServer
+from demo_server import ADD_PARAMETERS, DemoServer
 from fake import FakeLLM
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,15 +27,7 @@ ADD = {
     "type": "function",
     "name": "add",
     "description": "Add two numbers.",
-    "parameters": {
-        "type": "object",
-        "properties": {
-            "a": {"type": "integer", "description": "The first number."},
-            "b": {"type": "integer", "description": "The second number."},
-        },
-        "required": ["a", "b"],
-        "additionalProperties": False,
-    },
+    "parameters": {**ADD_PARAMETERS, "additionalProperties": False},
 }
 SUM = "What is 17 + 25?"
 LOGPROBS = ["message.output_text.logprobs"]

@@ -181,7 +181,8 @@ def _choice(server: Server, body: ChatRequest, chat: ChatRun, index: int, sample
 async def _stream(server: Server, body: ChatRequest, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
     chat = await prepare(server, body, head["id"])
     job = chat.job
-    counts, counters = StreamUsage(body, [job]), [chat.reasoning_tokens(server, body) for _ in range(body.n)]
+    counts = StreamUsage(body, [job])
+    counts.thoughts = thoughts = [chat.reasoning_tokens(server, body) for _ in range(body.n)]
     begun = False
     samples = [_StreamedChoice(server, body, chat) for _ in range(body.n)]
     async with aclosing(generation.outputs(server, body, [job])) as items:
@@ -198,8 +199,7 @@ async def _stream(server: Server, body: ChatRequest, head: dict[str, Any]) -> As
                     yield event(counts.on(chunk))
             for output in item.outputs:
                 counts.completion += len(output.token_ids)
-                counters[output.index].add(output.token_ids)
-                counts.reasoning = sum(counter.count for counter in counters)
+                thoughts[output.index].add(output.token_ids)
                 made = samples[output.index].chunk(output)
                 if made is not None:
                     yield event(counts.on({**head, "choices": [made]}))

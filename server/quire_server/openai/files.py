@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.datastructures import FormData, UploadFile
 from starlette.responses import FileResponse, Response
 
+from quire_server.auth import owner_of
 from quire_server.batch_runner import Batches
 from quire_server.errors import ApiError, json_response, refuse
 from quire_server.openai.batches_schema import FileList, KeptSeconds, page
@@ -32,11 +33,6 @@ FORM = {
 
 def batches_of(request: Request) -> Batches:
     return server_of(request).batches
-
-
-def owner_of(request: Request) -> str | None:
-    """The name of the API key that asks; None where there are no keys: then everything is everybody's."""
-    return getattr(request.state, "key_name", None)
 
 
 Shared = Annotated[Batches, Depends(batches_of)]

@@ -16,6 +16,7 @@ from quire_server.keys import current_key
 from quire_server.metrics import RequestTimer
 from quire_server.openai.fields import GenerationFields
 from quire_server.openai.structure import renamed
+from quire_server.reasoning_tokens import ReasoningTokens
 from quire_server.state import Server
 from quire_server.streaming import merged
 
@@ -166,14 +167,15 @@ class StreamUsage:
         self.fields = fields
         self.prompt = sum(len(job.prompt_token_ids) for job in jobs)
         self.completion = 0
-        self.reasoning: int | None = None
+        self.thoughts: Sequence[ReasoningTokens] | None = None  # counters of the samples, where reasoning is counted
         self._cached = [0] * len(jobs)
 
     def saw(self, index: int, item: RequestOutput) -> None:
         self._cached[index] = max(self._cached[index], item.num_cached_tokens)
 
     def total(self) -> dict[str, Any]:
-        return usage(self.prompt, self.completion, sum(self._cached), self.reasoning)
+        reasoning = None if self.thoughts is None else sum(one.count for one in self.thoughts)
+        return usage(self.prompt, self.completion, sum(self._cached), reasoning)
 
     def on(self, chunk: dict[str, Any]) -> dict[str, Any]:
         """OpenAI: with include_usage every chunk has the field, null until the last."""

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import ValidationError
 from starlette.responses import Response
 
+from quire_server.auth import owner_of
 from quire_server.errors import from_engine, json_response, path_of, refuse
 from quire_server.lifecycle import shutting_down
 from quire_server.openai import generation
@@ -23,7 +24,6 @@ from quire_server.openai.responses_background import Run
 from quire_server.openai.responses_events import Answer, sse
 from quire_server.openai.responses_items import ITEMS, Items, new_id
 from quire_server.openai.responses_schema import ResponsesRequest, in_our_names
-from quire_server.openai.responses_store import owner_of
 from quire_server.openai.responses_tokens import Ledger
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of

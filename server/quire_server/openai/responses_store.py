@@ -17,7 +17,7 @@ import msgspec
 from quire.errors import ConfigError
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
+    pass
 
 T = TypeVar("T")
 VERSION = 1
@@ -135,12 +135,6 @@ class ResponseStore:
         self._count -= len(gone)
         self._bytes -= sum(size for (size,) in gone)
         return bool(gone)
-
-
-def owner_of(request: Request) -> str | None:
-    """Who may see what this request stores: the name of its API key, if keys have names."""
-    owner: str | None = getattr(request.state, "key_name", None)
-    return owner
 
 
 def _open(path: Path | None) -> sqlite3.Connection:

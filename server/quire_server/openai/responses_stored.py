@@ -8,8 +8,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
+from quire_server.auth import owner_of
 from quire_server.errors import ApiError, json_response, refuse
-from quire_server.openai.responses_store import Stored, owner_of
+from quire_server.openai.responses_store import Stored
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
 from quire_server.streaming import EventStream
