@@ -121,7 +121,10 @@ void attention(AttentionArgs args, AttentionPlan& plan, int kv_heads, int64_t to
         for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < work.tasks.size();) {
             AttentionTask task = work.tasks[i];
             if (task.partial >= 0) task.partial *= row_floats;
-            isa.attention_task(args, task, memory);
+            AttentionArgs mine = args;
+            const size_t then = next.load(std::memory_order_relaxed);
+            mine.after = then < work.tasks.size() ? &work.tasks[then] : nullptr;
+            isa.attention_task(mine, task, memory);
         }
         if (work.split.empty()) return;
         threads.barrier();

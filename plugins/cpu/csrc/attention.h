@@ -51,6 +51,8 @@ struct WriteKVArgs {
     Matrix k, v;           // rows of tokens, kv_heads * head_dim wide
 };
 
+struct AttentionTask;
+
 struct AttentionArgs {
     KVLayout layout;
     const char* pool;  // of one layer
@@ -64,6 +66,7 @@ struct AttentionArgs {
     float scale, soft_cap;        // soft_cap 0: none
     const float* sinks;           // [heads] or null
     float* partial;               // results of tiles, of the tasks that leave them there
+    const AttentionTask* after;   // what this thread will probably do next, to be fetched meanwhile; or null
 };
 
 // Queries q0 .. q1-1 (counted in the new tokens of a sequence) of the heads that share a KV head, against some tiles.

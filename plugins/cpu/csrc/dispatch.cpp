@@ -41,7 +41,7 @@ std::vector<const Kernels*> usable() {
     if (avx2) tables.push_back(kernels_avx2());
     if (avx512) tables.push_back(kernels_avx512());
     if (bf16) tables.push_back(kernels_avx512_bf16());
-    if (bf16 && have_tiles()) tables.push_back(kernels_amx());
+    if (bf16 && __builtin_cpu_supports("avx512vbmi") && have_tiles()) tables.push_back(kernels_amx());
 #endif
     return tables;
 }

@@ -113,7 +113,7 @@ void bind_attention(nb::module_& m) {
              float scale, float soft_cap, Address sinks) {
               const AttentionArgs args = {layout, at<char>(pool), at<int32_t>(block_tables), block_table_stride,
                                           nullptr, nullptr, matrix(q), matrix(out), group, window, scale, soft_cap,
-                                          at<float>(sinks), nullptr};
+                                          at<float>(sinks), nullptr, nullptr};
               Tape::call([args, &plan, tokens] { attention(args, plan, args.layout.kv_heads, tokens); });
           },
           "plan"_a, "layout"_a, "pool"_a, "block_tables"_a, "block_table_stride"_a, "tokens"_a, "q"_a, "out"_a,

@@ -1,0 +1,311 @@
+// Attention by vectors: every instruction set, and every type of page and query.
+#pragma once
+
+#include "../linear.h"
+
+#include "attention_rows.h"
+#include "dot.h"
+
+namespace quire::QUIRE_ISA {
+namespace {
+
+template <class Dot>
+constexpr int max_rows = rows_in_registers<Dot>(32 / W);
+
+// The 32 scores of two blocks of keys for ROWS queries. Meanwhile fetches two blocks of as many bytes at `ahead`.
+template <class Dot, int ROWS>
+void scores_of(const char* const k[2], const char* q, int64_t q_block_bytes, int64_t steps, float* out,
+               const char* const ahead[2]) {
+    constexpr int NV = 2 * key_block / W;
+    const char *k0 = k[0], *k1 = k[1];
+    uintptr_t next0 = reinterpret_cast<uintptr_t>(ahead[0]), next1 = reinterpret_cast<uintptr_t>(ahead[1]);
+    VF a[ROWS][NV];
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) a[r][j] = zero();
+    for (int64_t block = 0; block < steps; block += step_block, q += q_block_bytes) {
+        const int count = int(smaller<int64_t>(step_block, steps - block));
+        for (int s = 0; s < count; s++, k0 += 64, k1 += 64, next0 += 64, next1 += 64) {
+            prefetch_l2(next0);
+            prefetch_l2(next1);
+            multiply_step<Dot, ROWS, NV>(a, k0, k1, q + s * Dot::x_bytes, step_block * Dot::x_bytes);
+        }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < NV; j++) store(out + r * score_stride + j * W, a[r][j]);
+}
+
+// VECTORS vectors of channels, from byte `offset` of a step on, of weights * values over some blocks of keys, for ROWS
+// queries. Meanwhile fetches the blocks that `ahead` points to, if any.
+template <class Dot, int ROWS, int VECTORS>
+void values_of(const char* const* v, const char* const* ahead, int first, int last, int64_t offset, int64_t step_stride,
+               const char* p, float* out, int64_t out_stride) {
+    constexpr int steps = key_block / Dot::per_step, half = (VECTORS + 1) / 2 * W * 4;
+    VF a[ROWS][VECTORS];
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) a[r][j] = zero();
+    for (int b = first; b < last; b++) {
+        const char* w = v[b] + offset;
+        const int begin = b * steps;
+        const char* x = p + (begin / step_block * ROWS * step_block + begin % step_block) * Dot::x_bytes;
+        uintptr_t next = ahead ? reinterpret_cast<uintptr_t>(ahead[b]) : 0;
+        for (int s = 0; s < steps; s++, w += step_stride, x += Dot::x_bytes) {
+            if (next)
+                for (const uintptr_t end = next + step_stride; next < end; next += 64) prefetch_l2(next);
+            multiply_step<Dot, ROWS, VECTORS>(a, w, w + half, x, step_block * Dot::x_bytes);
+        }
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) store(out + r * out_stride + j * W, a[r][j]);
+}
+
+template <class Dot, int ROWS>
+void scores_of_rows(int rows, const char* const k[2], const char* q, int64_t q_block_bytes, int64_t steps, float* out,
+                    const char* const ahead[2]) {
+    if (rows == ROWS) return scores_of<Dot, ROWS>(k, q, q_block_bytes, steps, out, ahead);
+    if constexpr (ROWS > 1) scores_of_rows<Dot, ROWS - 1>(rows, k, q, q_block_bytes, steps, out, ahead);
+}
+
+template <class Dot, int ROWS, int VECTORS>
+void values_of_rows(int rows, const char* const* v, const char* const* ahead, int first, int last, int64_t offset,
+                    int64_t step_stride, const char* p, float* out, int64_t out_stride) {
+    if (rows == ROWS)
+        return values_of<Dot, ROWS, VECTORS>(v, ahead, first, last, offset, step_stride, p, out, out_stride);
+    if constexpr (ROWS > 1)
+        values_of_rows<Dot, ROWS - 1, VECTORS>(rows, v, ahead, first, last, offset, step_stride, p, out, out_stride);
+}
+
+// Working memory of a task, cut from what the caller provides.
+struct Memory {
+    char* q;          // packed queries
+    float* scores;    // [row of a tile of rows][score_stride]
+    char* weights;    // packed
+    char* clean;      // two blocks of values without what no query may see
+    float* values;    // [row of a tile of rows][channels]: of one tile of keys
+    float* state;     // [row][16 + channels]: maximum, sum, values so far
+};
+
+// What is known of a task: positions, and where rows are. Row r is query q0 + r / group, head r % group of the group.
+template <class Dot>
+struct Work {
+    const AttentionArgs& a;
+    const AttentionTask& task;
+    Memory m;
+    int64_t token0, position0;  // of query q0
+    int rows, steps;
+    Tiles tiles;                // of rows
+
+    int64_t position(int64_t row) const { return position0 + row / a.group; }
+    int64_t q_block_bytes(int64_t tile) const { return int64_t(tiles.size(tile)) * step_block * Dot::x_bytes; }
+    char* packed_q(int64_t tile) const {
+        return m.q + tiles.begin(tile) * ((steps + step_block - 1) / step_block * step_block) * Dot::x_bytes;
+    }
+};
+
+template <class Dot, class T>
+void pack_queries(const Work<Dot>& w) {
+    const int dim = w.a.layout.head_dim;
+    for (int64_t tile = 0; tile < w.tiles.tiles; tile++) {
+        char* out = w.packed_q(tile);
+        const int64_t row0 = w.tiles.begin(tile), rows = w.tiles.size(tile);
+        for (int s = 0; s < w.steps; s += step_block)
+            for (int64_t r = row0; r < row0 + rows; r++, out += step_block * Dot::x_bytes) {
+                const int64_t head = int64_t(w.task.head) * w.a.group + r % w.a.group;
+                const T* x = static_cast<const T*>(w.a.q.data) + (w.token0 + r / w.a.group) * w.a.q.stride + head * dim;
+                auto* to = reinterpret_cast<typename Dot::X*>(out);
+                for (int i = 0; i < step_block * Dot::per_step; i += W) {
+                    const int64_t from = s * Dot::per_step + i;
+                    const int n = int(smaller<int64_t>(W, dim - from));
+                    store(to + i, n > 0 ? load_first(x + from, n) : zero());
+                }
+            }
+    }
+}
+
+// A copy of a block of values in which keys outside [begin, end) (counted in the block) are zero: what lies there may
+// be NaN, and a weight of zero does not undo that.
+template <class Dot>
+const char* clean_block(const KVLayout& layout, const char* block, int64_t begin, int64_t end, char* copy) {
+    constexpr int size = 4 / Dot::per_step;  // bytes of an element
+    const int64_t channels = layout.value_dim();
+    memset(copy, 0, size_t(layout.value_block_bytes()));
+    for (int64_t key = larger<int64_t>(0, begin); key < smaller<int64_t>(key_block, end); key++) {
+        const int64_t at = key / Dot::per_step * channels * 4 + key % Dot::per_step * size;
+        for (int64_t c = 0; c < channels; c++) memcpy(copy + at + c * 4, block + at + c * 4, size);
+    }
+    return copy;
+}
+
+// The blocks of a tile of keys: pointers for the visible ones, values cleaned at the borders.
+struct Blocks {
+    int first, last;
+    const char *k[blocks_of_tile + 1], *v[blocks_of_tile + 1];
+};
+
+// Scores to weights for one row: scale, cap, hide, exp(score - maximum). Leaves them packed; returns maximum and sum.
+template <class Dot>
+void soften(const AttentionArgs& a, const Blocks& blocks, float* scores, int64_t begin, int64_t end, char* packed,
+            int64_t packed_stride, float& maximum, float& sum) {
+    const int first = blocks.first, last = blocks.last;
+    const VF scale = set1(a.scale), hidden = set1(minus_infinity);
+    VF top = hidden;
+    for (int i = first * key_block; i < last * key_block; i += W) {
+        VF s = load(scores + i) * scale;
+        if constexpr (Dot::scaled) s = s * scales_of(blocks.k, i, a.layout.key_data_bytes());
+        if (a.soft_cap != 0) s = set1(a.soft_cap) * tanh(s / set1(a.soft_cap));
+        if (i < begin || i + W > end) s = keep(s, int(begin - i), int(end - i), hidden);
+        store(scores + i, s);
+        top = max(top, s);
+    }
+    maximum = reduce_max(top);
+    const VF m = set1(maximum);
+    VF total = zero();
+    constexpr int block = step_block * Dot::per_step;  // weights of a row in one block of packed steps
+    for (int i = first * key_block; i < last * key_block; i += W) {
+        VF p = exp(load(scores + i) - m);
+        // Infinite or NaN scores must not reach what is hidden: there the weight is 0 whatever they are.
+        if (i < begin || i + W > end) p = keep(p, int(begin - i), int(end - i), zero());
+        total = total + p;
+        if constexpr (Dot::scaled) {  // 0 times the scale of a slot that nobody wrote may be NaN
+            p = p * scales_of(blocks.v, i, a.layout.value_data_bytes());
+            if (i < begin || i + W > end) p = keep(p, int(begin - i), int(end - i), zero());
+        }
+        store(reinterpret_cast<typename Dot::X*>(packed + i / block * packed_stride) + i % block, p);
+    }
+    sum = reduce_add(total);
+}
+
+template <class Dot>
+void find_blocks(const Work<Dot>& w, int64_t tile, Span seen, Blocks& blocks) {
+    const int64_t base = tile * key_tile;
+    const int64_t begin = larger(seen.begin - base, int64_t(0)), end = smaller(seen.end - base, int64_t(key_tile));
+    blocks.first = int(begin / key_block);
+    blocks.last = int((end + key_block - 1) / key_block);
+    BlockWalk walk = BlockWalk::make(w.a, w.task, base / key_block + blocks.first);
+    for (int b = blocks.first; b < blocks.last; b++, walk.next()) {
+        blocks.k[b] = walk.keys();
+        blocks.v[b] = walk.values();
+    }
+    blocks.k[blocks.last] = blocks.k[blocks.last - 1];  // scores are made for two blocks at a time
+    blocks.v[blocks.last] = blocks.v[blocks.last - 1];
+    if (Dot::scaled) return;  // integers are never NaN
+    const int64_t bytes = w.a.layout.value_block_bytes();
+    const auto clean = [&](int b, char* copy) {
+        blocks.v[b] = clean_block<Dot>(w.a.layout, blocks.v[b], begin - b * key_block, end - b * key_block, copy);
+    };
+    const int f = blocks.first, l = blocks.last - 1;
+    if (begin % key_block) clean(f, w.m.clean);
+    if (end % key_block && (f != l || begin % key_block == 0)) clean(l, w.m.clean + bytes);
+}
+
+// One tile of keys for rows row0 .. row0+rows-1, which all see some of it and lie in one tile of rows.
+template <class Dot>
+void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row0, int rows, const char* const* ahead) {
+    const AttentionArgs& a = w.a;
+    const int64_t base = tile * key_tile, channels = a.layout.value_dim();
+    Blocks blocks;
+    const Span seen = {visible(a, w.position(row0)).begin, w.position(row0 + rows - 1) + 1};
+    find_blocks(w, tile, seen, blocks);
+    const char* q = w.packed_q(row_tile) + (row0 - w.tiles.begin(row_tile)) * step_block * Dot::x_bytes;
+    for (int b = blocks.first; b < blocks.last; b += 2)
+        scores_of_rows<Dot, max_rows<Dot>>(rows, blocks.k + b, q, w.q_block_bytes(row_tile), w.steps,
+                                           w.m.scores + b * key_block, blocks.v + b);
+    float maximum[16], sum[16];
+    const int64_t packed_block = int64_t(rows) * step_block * Dot::x_bytes;
+    for (int r = 0; r < rows; r++) {
+        const Span s = visible(a, w.position(row0 + r));
+        soften<Dot>(a, blocks, w.m.scores + r * score_stride, s.begin - base, s.end - base, w.m.weights +
+                    r * step_block * Dot::x_bytes, packed_block, maximum[r], sum[r]);
+    }
+    const int64_t step_bytes = channels * 4;
+    int64_t c = 0;
+    for (; c + 32 <= channels; c += 32, ahead = nullptr)
+        values_of_rows<Dot, max_rows<Dot>, 32 / W>(rows, blocks.v, ahead, blocks.first, blocks.last, c * 4, step_bytes,
+                                                   w.m.weights, w.m.values + c, channels);
+    if (c < channels)
+        values_of_rows<Dot, max_rows<Dot>, 16 / W>(rows, blocks.v, ahead, blocks.first, blocks.last, c * 4, step_bytes,
+                                                   w.m.weights, w.m.values + c, channels);
+    for (int r = 0; r < rows; r++) {
+        const float* values = w.m.values + r * channels;
+        if (w.task.partial < 0) {
+            const bool first = visible(a, w.position(row0 + r)).begin / key_tile == tile;
+            merge(w.m.state + (row0 + r) * partial_row(a.layout), first, maximum[r], sum[r], values, channels);
+        } else {
+            const int64_t at = (tile - w.task.tile0) * w.rows + row0 + r;
+            merge(a.partial + w.task.partial + at * partial_row(a.layout), true, maximum[r], sum[r], values, channels);
+        }
+    }
+}
+
+// Rows of the task that see a tile of keys: those of a range of queries.
+template <class Dot>
+Span rows_that_see(const Work<Dot>& w, int64_t tile) {
+    const int64_t base = tile * key_tile, queries = w.task.q1 - w.task.q0;
+    const int64_t begin = larger<int64_t>(0, base - w.position0);
+    const int64_t end = smaller<int64_t>(queries, base + key_tile - 1 + w.a.window - w.position0);
+    return {begin * w.a.group, end * w.a.group};
+}
+
+// Pointers to the keys of the tile after `tile`, as far as the task goes on; `keys` is filled and returned, or null.
+template <class Dot>
+const char* const* keys_of_next(const Work<Dot>& w, int64_t tile, const char** keys) {
+    const int64_t last = w.position(w.rows - 1), base = (tile + 1) * key_tile;
+    if (tile + 1 >= w.task.tile1 || base > last) return nullptr;
+    BlockWalk walk = BlockWalk::make(w.a, w.task, base / key_block);
+    for (int b = 0; b < blocks_of_tile; b++) {
+        keys[b] = nullptr;
+        if (base + b * key_block > last) continue;
+        keys[b] = walk.keys();
+        walk.next();
+    }
+    return keys;
+}
+
+template <class Dot>
+void attend(const AttentionArgs& a, const AttentionTask& task, char* scratch) {
+    const int32_t start = a.query_start[task.sequence], count = a.query_start[task.sequence + 1] - start;
+    const int rows = (task.q1 - task.q0) * a.group, steps = (a.layout.head_dim + Dot::per_step - 1) / Dot::per_step;
+    const int64_t channels = a.layout.value_dim();
+    Memory m;
+    const auto cut = [&](int64_t bytes) {
+        char* piece = scratch;
+        scratch += (bytes + 63) / 64 * 64;
+        return piece;
+    };
+    m.state = reinterpret_cast<float*>(cut(rows * partial_row(a.layout) * 4));
+    m.scores = reinterpret_cast<float*>(cut(max_rows<Dot> * score_stride * 4));
+    m.weights = cut(max_rows<Dot> * key_tile * 4);
+    m.values = reinterpret_cast<float*>(cut(max_rows<Dot> * channels * 4));
+    m.clean = cut(2 * a.layout.value_block_bytes());
+    m.q = cut(0);
+    const Work<Dot> w = {a, task, m, start + task.q0, a.context_lens[task.sequence] - count + task.q0, rows, steps,
+                         {rows, (rows + max_rows<Dot> - 1) / max_rows<Dot>}};
+    if (a.q.type == DType::bf16) pack_queries<Dot, bf16>(w);
+    else pack_queries<Dot, float>(w);
+    for (int64_t tile = task.tile0; tile < task.tile1; tile++) {
+        const char* keys[blocks_of_tile];
+        const char* const* ahead = keys_of_next(w, tile, keys);
+        const Span see = rows_that_see(w, tile);
+        for (int64_t t = 0; t < w.tiles.tiles; t++) {
+            const int64_t begin = larger(see.begin, w.tiles.begin(t)), end = smaller(see.end, w.tiles.begin(t + 1));
+            if (begin >= end) continue;
+            attend_tile(w, tile, t, begin, int(end - begin), ahead);
+            ahead = nullptr;
+        }
+    }
+    if (task.partial >= 0) return;
+    for (int r = 0; r < rows; r++) {
+        const float* state = m.state + r * partial_row(a.layout);
+        write_out(a, w.token0 + r / a.group, int64_t(task.head) * a.group + r % a.group, state[0], state[1], state + 16);
+    }
+}
+
+}  // namespace
+}  // namespace quire::QUIRE_ISA
