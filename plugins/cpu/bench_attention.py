@@ -31,7 +31,7 @@ CACHES = 400 << 20  # bytes of keys and values that a round of decode streams th
 class World:
     """Sequences of the given lengths whose last ``new`` tokens are queries, in ``layers`` layers of shuffled pages."""
 
-    def __init__(self, shape: str, kv_dtype: str, lengths: list[int], new: int, page: int, layers: int) -> None:
+    def __init__(self, shape: str, kv_dtype: str, lengths: list[int], new: int, page: int, layers: int, shuffled: bool) -> None:
         heads, kv_heads, dim = SHAPES[shape]
         self.spec = AttentionSpec(heads, kv_heads, dim, dim**-0.5)
         group = KVGroupSpec(tuple(range(layers)), kv_heads, dim, kv_dtype, page)
@@ -39,7 +39,9 @@ class World:
         self.kv = attention.allocate_kv(KVSpec((group,)), [1 + sum(widths)])
         self.layers = layers
         tables = torch.zeros(len(lengths), max(widths), dtype=torch.int32)
-        order = torch.randperm(sum(widths), generator=torch.Generator().manual_seed(0)).add(1).to(torch.int32)
+        order = torch.arange(1, 1 + sum(widths), dtype=torch.int32)
+        if shuffled:
+            order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(0))]
         for n, pages in enumerate(order.split(widths)):
             tables[n, : widths[n]] = pages
         starts = np.arange(0, len(lengths) + 1, dtype=np.int32) * new

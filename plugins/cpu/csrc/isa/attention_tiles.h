@@ -66,6 +66,42 @@ struct Job {
     float maximum[tile_rows], sum[tile_rows];
 };
 
+// Fetches the blocks of a tile of keys while something else is computed, some lines at a time: a burst of many would
+// hold up what comes after it.
+class Stream {
+public:
+    QUIRE_INLINE Stream of(const KVLayout& l, int points) {
+        Stream s;
+        s.key_lines_ = int(l.key_block_bytes() / 64);
+        s.value_lines_ = int(l.value_block_bytes() / 64);
+        s.burst_ = (blocks_of_tile * (s.key_lines_ + s.value_lines_) + points - 1) / points;
+        return s;
+    }
+    void start(const KeyTile* tile) {
+        tile_ = tile;
+        run_ = tile ? 2 * tile->first : 0;
+        left_ = 0;
+    }
+    // The runs are a block's keys, its values, the next block's keys, and so on.
+    QUIRE_INLINE void pull(Stream& s) { s.pull_lines(s.burst_); }
+    void drain() { pull_lines(1 << 20); }
+
+private:
+    __attribute__((always_inline)) void pull_lines(int lines) {
+        for (; lines > 0 && (left_ || next_run()); lines--, left_--, at_ += 64) prefetch_l2(at_);
+    }
+    bool next_run() {
+        if (!tile_ || run_ >= 2 * tile_->last) return false;
+        at_ = reinterpret_cast<uintptr_t>((run_ % 2 ? tile_->values : tile_->keys)[run_ / 2]);
+        left_ = run_++ % 2 ? value_lines_ : key_lines_;
+        return true;
+    }
+
+    const KeyTile* tile_ = nullptr;
+    uintptr_t at_ = 0;
+    int key_lines_, value_lines_, burst_, run_ = 0, left_ = 0;
+};
+
 template <class Pages>
 class TileTask {
 public:
@@ -77,9 +113,8 @@ private:
     void find_blocks(KeyTile& tile, const AttentionTask& task, int64_t begin, int64_t end, int64_t index);
     void find_ahead(int64_t index);
     bool next_job(Job& job);
-    void fetch(const KeyTile& tile, int slice);
     const char* keys_of(Job& job, int slice);
-    const char* values_of(Job& job, int slice, int64_t& row_stride, int64_t& tile_stride);
+    const char* values_of(Job& job, int slice);
     void score_slice(Job& job, int slice);
     void soften(Job& job, int row);
     void value_step(Job& job, int step);
@@ -94,6 +129,7 @@ private:
     const bool single_;  // one tile of rows: what was converted for it is not needed again
     KeyTile tiles_[4];   // of values, of weights, of scores, and the one to be fetched
     KeyTile* ahead_ = nullptr;
+    Stream stream_;
     int64_t next_tile_;
     int next_rows_ = 0, jobs_ = 0;
     char *q_, *keys_, *values_, *edges_, *weights_[2];
@@ -119,7 +155,9 @@ TileTask<Pages>::TileTask(const AttentionArgs& a, const AttentionTask& task, cha
       channels_(a.layout.value_dim()), rows_((task.q1 - task.q0) * a.group),
       row_tiles_((rows_ + tile_rows - 1) / tile_rows), chunks_((a.layout.head_dim + 31) / 32),
       channel_tiles_(int(channels_ / 16)), passes_((channel_tiles_ + pass_tiles - 1) / pass_tiles),
-      single_(row_tiles_ == 1 && passes_ == 1), next_tile_(task.tile0) {
+      single_(row_tiles_ == 1 && passes_ == 1),
+      stream_(Stream::of(l_, slices_of_tile * (chunks_ + channel_tiles_ + smaller(rows_, tile_rows)))),
+      next_tile_(task.tile0) {
     const auto cut = [&](int64_t bytes) {
         char* piece = scratch;
         scratch += (bytes + 63) / 64 * 64;
@@ -225,18 +263,6 @@ bool TileTask<Pages>::next_job(Job& job) {
     return false;
 }
 
-QUIRE_INLINE void fetch_lines(const char* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) prefetch_l2(reinterpret_cast<uintptr_t>(from) + i);
-}
-
-template <class Pages>
-void TileTask<Pages>::fetch(const KeyTile& tile, int slice) {
-    for (int b = larger(tile.first, slice * 2); b < smaller(tile.last, slice * 2 + 2); b++) {
-        fetch_lines(tile.keys[b], l_.key_block_bytes());
-        fetch_lines(tile.values[b], l_.value_block_bytes());
-    }
-}
-
 // The two blocks of a slice as tiles, [block][part][32 channels].
 template <class Pages>
 const char* TileTask<Pages>::keys_of(Job& job, int slice) {
@@ -261,6 +287,7 @@ void TileTask<Pages>::score_slice(Job& job, int slice) {
     } else {
         k0 = keys_of(job, slice);
         k1 = k0 + slice_key_bytes(Pages::parts, chunks_) / 2;
+        if (slice + 1 < job.last) keys_of(job, slice + 1);  // now, so that it is stored when it is loaded
     }
     _tile_zero(6);
     _tile_zero(7);
@@ -273,6 +300,7 @@ void TileTask<Pages>::score_slice(Job& job, int slice) {
             _tile_loadd(5, k1 + at, tile_row_bytes);
             _tile_dpbf16ps(7, 4, 5);
         }
+        Stream::pull(stream_);
     }
     float* out = job.scores + slice * slice_keys;
     _tile_stored(6, out, score_stride * 4);
@@ -323,31 +351,30 @@ void TileTask<Pages>::soften(Job& job, int row) {
             }
         }
         _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(p1.v, p0.v));
+        Stream::pull(stream_);
     }
     job.sum[row] = reduce_add(total0 + total1);
 }
 
-// The values of a slice as tiles, their rows and the tiles of channels so many bytes apart. Keys that no row of the job
-// sees are zero: what lies there may be NaN, and a weight of zero does not undo that.
+// The values of a slice, rows of pairs of keys. Keys that no row of the job sees are zero: what lies there may be NaN, and
+// a weight of zero does not undo that.
 template <class Pages>
-const char* TileTask<Pages>::values_of(Job& job, int slice, int64_t& row_stride, int64_t& tile_stride) {
+const char* TileTask<Pages>::values_of(Job& job, int slice) {
     KeyTile& tile = *job.tile;
     const char *v0 = tile.values[2 * slice], *v1 = tile.values[2 * slice + 1];
     const int64_t begin = job.see0 - slice * slice_keys, end = job.see1 - slice * slice_keys;
-    const bool edge = !Pages::scaled && (begin > 0 || end < slice_keys);
-    if (Pages::direct && !edge && v1 == v0 + l_.value_block_bytes()) {
-        row_stride = channels_ * 4;
-        tile_stride = tile_row_bytes;
-        return v0;
-    }
-    row_stride = tile_row_bytes;
-    tile_stride = tile_bytes;
     const int64_t bytes = slice_value_bytes(Pages::parts, channel_tiles_);
-    const int place = edge ? begin > 0 ? 0 : 1 : single_ ? slice & 1 : slice;
-    unsigned& ready = edge ? job.ready_edges : tile.ready_values;
-    char* out = (edge ? edges_ : values_) + place * bytes;
-    if (!(ready >> (edge ? place : slice) & 1)) convert_values<Pages>(v0, v1, l_, begin, end, out);
-    ready |= 1u << (edge ? place : slice);
+    if (!Pages::scaled && (begin > 0 || end < slice_keys)) {
+        const int place = begin > 0 ? 0 : 1;
+        char* out = edges_ + place * bytes;
+        if (!(job.ready_edges >> place & 1)) convert_edge<Pages>(v0, v1, l_, begin, end, out);
+        job.ready_edges |= 1u << place;
+        return out;
+    }
+    if (Pages::direct && v1 == v0 + l_.value_block_bytes()) return v0;
+    char* out = values_ + (single_ ? slice & 1 : slice) * bytes;
+    if (!(tile.ready_values >> slice & 1)) convert_values<Pages>(v0, v1, l_, out);
+    tile.ready_values |= 1u << slice;
     return out;
 }
 
@@ -364,21 +391,25 @@ void TileTask<Pages>::value_step(Job& job, int step) {
             _tile_zero(2);
             _tile_zero(3);
         }
-        int64_t row, next;
-        const char* v = values_of(job, slice, row, next) + pass * pass_tiles * next;
+        if (slice + 1 < job.last) values_of(job, slice + 1);  // as above
+        const char* v = values_of(job, slice) + pass * pass_tiles * tile_row_bytes;
         _tile_loadd(4, job.weights + slice * slice_keys * 2, weight_stride);
-        for (int part = 0; part < Pages::parts; part++, v += channel_tiles_ * next) {
-            _tile_loadd(5, v, row);
+        for (int part = 0; part < Pages::parts; part++, v += tile_rows * channels_ * 4) {
+            _tile_loadd(5, v, channels_ * 4);
             _tile_dpbf16ps(0, 4, 5);
+            Stream::pull(stream_);
             if (tiles < 2) continue;
-            _tile_loadd(5, v + next, row);
+            _tile_loadd(5, v + 64, channels_ * 4);
             _tile_dpbf16ps(1, 4, 5);
+            Stream::pull(stream_);
             if (tiles < 3) continue;
-            _tile_loadd(5, v + 2 * next, row);
+            _tile_loadd(5, v + 128, channels_ * 4);
             _tile_dpbf16ps(2, 4, 5);
+            Stream::pull(stream_);
             if (tiles < 4) continue;
-            _tile_loadd(5, v + 3 * next, row);
+            _tile_loadd(5, v + 192, channels_ * 4);
             _tile_dpbf16ps(3, 4, 5);
+            Stream::pull(stream_);
         }
         if (slice != job.last - 1) continue;
         float* out = sums_ + pass * pass_tiles * 16;
@@ -440,13 +471,17 @@ void TileTask<Pages>::run() {
         scores = &jobs[n % 3];
         if (!next_job(*scores)) scores = nullptr;
         if (!values && !weights && !scores) break;
-        const bool fetches = scores && ahead_ && (n == 0 || weights == nullptr || scores->tile != weights->tile);
+        if (scores && (!weights || scores->tile != weights->tile)) {
+            stream_.drain();
+            stream_.start(ahead_);
+        }
         for (int step = 0; step < slices_of_tile; step++) {
-            if (fetches) fetch(*ahead_, step);
             if (scores) score_slice(*scores, step);
-            if (weights)
-                for (int r = larger(weights->begin, 2 * step); r < smaller(weights->end, 2 * step + 2); r++)
-                    soften(*weights, r);
+            if (weights) {
+                const int count = weights->end - weights->begin;
+                for (int r = count * step / slices_of_tile; r < count * (step + 1) / slices_of_tile; r++)
+                    soften(*weights, weights->begin + r);
+            }
             if (values) value_step(*values, step);
         }
         if (values) finish(*values);
