@@ -278,7 +278,9 @@ def test_tool_choice_decides_what_may_be_said(talk):
 def test_a_strict_tool_is_held_to_its_schema(talk):
     client, engine = talk(CALL.strip())
     create(client, tools=[{**ADD, "strict": True}])
-    assert engine.opened[-1][1].structured_outputs.structural_tag is not None
+    grammar = engine.opened[-1][1].structured_outputs.grammar
+    assert "TEXT" in grammar  # free text, and calls by the schema within it
+    assert '"a"' in grammar
 
 
 def test_one_call_when_calls_are_not_parallel(talk):

@@ -26,7 +26,6 @@ from quire_server.state import Server, server_of
 from quire_server.streaming import DONE, EventStream, answer, event
 from quire_server.text import mentions
 from quire_server.tool_calls import AnswerParser, Piece
-from quire_server.tool_parsers.hermes import Hermes
 
 router = APIRouter(tags=["chat"], route_class=StrictRoute)
 State = Annotated[Server, Depends(server_of)]
@@ -85,11 +84,14 @@ async def prepare(server: Server, body: ChatRequest, request_id: str) -> ChatRun
     inside = parsers.inside(prompt.text, continued)
 
     def prepare() -> tuple[SamplingParams, list[dict[str, Any]]]:
-        structure = body.structure_with_tools(body.offers_tools and parsers.tools is Hermes)
-        if structure is not None:
+        form = body.form(parsers.writer(server.text.special, inside))
+        structure = form.outputs
+        if structure is not None and form.reasoning != "own":
             # A template that opens the reasoning itself when it is switched on has it switched off if it does not.
             off = inside is None and parsers.inside(server.text.thinking_prompt(template))
-            structure.thinking = None if off else parsers.thinking(inside)
+            thinking = None if off else parsers.thinking(inside)
+            # Free text may be reasoning anyway: only what has begun is told from it.
+            structure.thinking = None if form.reasoning == "within" and thinking and not thinking.opened else thinking
         sampling = body.sampling(
             server.text.defaults,
             max_tokens=room,
