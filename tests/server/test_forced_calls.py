@@ -19,6 +19,7 @@ from test_errors import CHAT, error_of
 from quire.sampling.grammar import GrammarCompiler, GrammarError
 from quire.sampling.params import StructuredOutputs, Thinking
 from quire.text.tokenizer import Tokenizer
+from quire_server.model import ModelSettings
 from quire_server.openai.chat_schema import ChatRequest
 from quire_server.parsers import Choice, Parsers
 from quire_server.reasoning_parsers.gpt_oss import GptOss
@@ -378,7 +379,7 @@ def test_over_http(make_live):
     """The grammar reaches the engine in the parser's own form; what cannot be written is refused with what to do."""
     asked = {**CHAT, "tools": OFFERED, "tool_choice": "required"}
     engine = FakeLLM()
-    with make_live(engine, Settings(parsers=Parsers(tool="glm45"))).http() as http:
+    with make_live(engine, Settings(models=(ModelSettings(parsers=Parsers(tool="glm45")),))).http() as http:
         assert http.post("/v1/chat/completions", json=asked).status_code == 200
         assert "<arg_key>city</arg_key>" in engine.opened[-1][1].structured_outputs.grammar
         email = {"type": "object", "properties": {"to": {"type": "string", "format": "email"}}}
@@ -387,7 +388,7 @@ def test_over_http(make_live):
         assert error["param"] == "tools"
         assert "format: email" in error["message"]
         assert "tool_choice 'auto'" in error["message"]
-    with make_live(FakeLLM(), Settings(parsers=Parsers(tool="none"))).http() as http:
+    with make_live(FakeLLM(), Settings(models=(ModelSettings(parsers=Parsers(tool="none")),))).http() as http:
         error = error_of(http.post("/v1/chat/completions", json=asked), 400)
         assert error["param"] == "tool_choice"
         assert "--tool-call-parser" in error["message"]
