@@ -125,11 +125,12 @@ def run(args: argparse.Namespace) -> int:
     listener = bind(args.host, args.port)
     metrics = bind(network.metrics_host, network.metrics_port) if network.metrics_port is not None else None
     from quire.engine.async_llm import AsyncLLM
+    from quire.engine.spare import Spare
 
     configs, division = engine_configs(models)
-    limits = settings.limits.of_engine()
+    limits, spare = settings.limits.of_engine(), Spare()
     work = serve(
-        [AsyncLLM(replace(config, log_format=args.log_format), limits) for config in configs],
+        [AsyncLLM(replace(config, log_format=args.log_format), limits, spare) for config in configs],
         settings,
         listener,
         metrics_listener=metrics,
