@@ -49,7 +49,7 @@ class NativeCpuBackend(CpuBackend):
 
     def devices(self) -> list[DeviceInfo]:
         name, cores = memory.processor()[0], memory.cores()
-        return [DeviceInfo(0, name, f"{cores} core{'s' if cores != 1 else ''}; native kernels: {native.isa()}")]
+        return [DeviceInfo(0, name, f"{cores} core{'s' if cores != 1 else ''}; native kernels: {native.isa()}", cores)]
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         Backend.open(self, index, options)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import from_json
 
-from quire.sampling.params import StructuredOutputs
-from quire_server.errors import refuse, refused_field
+from quire_server.errors import ApiError, refuse, refused_field
 from quire_server.limits import Limits
 from quire_server.openai.base import Strict
 from quire_server.openai.fields import REFUSED, GenerationFields, Int32
-from quire_server.openai.structure import calls, strict_calls
+from quire_server.openai.structure import Form, of_calls
+from quire_server.tool_grammar import Tool as CallTool
+from quire_server.tool_grammar import Writer
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TEXT_ONLY = "only text is supported"
@@ -223,8 +226,10 @@ class ChatRequest(GenerationFields, ChatFields):
             limits.at_most("top_logprobs", self.top_logprobs, "max_logprobs")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise refuse("tool_choice", "tool_choice: only allowed when tools are given")
-        if isinstance(self.tool_choice, NamedChoice) and not self._named(self.tool_choice.function.name):
-            raise refuse("tool_choice", f"tool_choice: no tool is named {self.tool_choice.function.name!r}")
+        if isinstance(self.tool_choice, NamedChoice):
+            name = self.tool_choice.function.name
+            if all(tool.function.name != name for tool in self.tools or ()):
+                raise refuse("tool_choice", f"tool_choice: no tool is named {name!r}")
 
     @property
     def structure_field(self) -> str:
@@ -236,29 +241,36 @@ class ChatRequest(GenerationFields, ChatFields):
         strict = any(tool.function.strict for tool in self.tools or ())
         return self.offers_tools and (self.tool_choice not in (None, "auto") or strict)
 
-    def _named(self, name: str) -> list[tuple[str, dict[str, Any] | None]]:
-        return [(t.function.name, t.function.parameters) for t in self.tools or () if t.function.name == name]
-
-    def structure_with_tools(self, taught: bool) -> StructuredOutputs | None:
-        """The form of the output, tools considered. ``taught``: whether the template teaches a form of calls that is
-        parsed here. Raises ApiError, or InvalidParameter."""
-        asked = self.structure()
+    def form(self, writer: Writer | None) -> Form:
+        """The form of the output, tools considered. ``writer`` writes calls as the model does; None: nobody can here.
+        Raises ApiError, or InvalidParameter."""
+        asked, choice = self.structure(), self.tool_choice
+        tools = [CallTool(t.function.name, t.function.parameters) for t in self.tools or ()]
         if not self._by_tools:
-            if asked is not None and taught and (asked.json or asked.json_object) and self.response_format is not None:
-                tools = [(tool.function.name, tool.function.parameters) for tool in self.tools or ()]
-                return calls(tools, self.parallel_tool_calls, asked.json or '{"type":"object"}')
-            return asked
-        if not taught:
-            message = "tool_choice: this model's chat template teaches no form of tool calls that this server knows"
-            raise refuse("tool_choice", message)
+            if asked is None or writer is None or not self.offers_tools or self.response_format is None:
+                return Form(asked)
+            if not (asked.json or asked.json_object):
+                return Form(asked)
+            answer = json.loads(asked.json) if asked.json else {"type": "object"}
+            return of_calls(writer, lambda: writer.calls(tools, self.parallel_tool_calls, answer))
+        if writer is None:
+            raise self._cannot_force()
         if asked is not None:
             field = super().structure_field
             raise refuse(field, f"{field}: cannot be combined with a forced tool_choice or strict tools")
-        if isinstance(self.tool_choice, NamedChoice):
-            return calls(self._named(self.tool_choice.function.name)[:1], many=False)
-        tools = [(tool.function.name, tool.function.parameters) for tool in self.tools or ()]
-        if self.tool_choice == "required":
-            return calls(tools, self.parallel_tool_calls)
-        return strict_calls(
-            [(t.function.name, t.function.parameters if t.function.strict else None) for t in self.tools or ()]
+        if isinstance(choice, NamedChoice):
+            named = [tool for tool in tools if tool.name == choice.function.name][:1]
+            return of_calls(writer, lambda: writer.calls(named, many=False))
+        if choice == "required":
+            return of_calls(writer, lambda: writer.calls(tools, self.parallel_tool_calls))
+        held = [replace(tool, held=bool(t.function.strict)) for tool, t in zip(tools, self.tools or (), strict=True)]
+        return of_calls(writer, lambda: writer.free(held), free=True)
+
+    def _cannot_force(self) -> ApiError:
+        field = "tools" if self.tool_choice in (None, "auto") else "tool_choice"
+        message = (
+            f"{field}: calls cannot be forced or strict here: no parser of the server knows the form of calls that this "
+            "model's chat template teaches, or the one in use (--tool-call-parser) has no grammar of it. Use tool_choice "
+            "'auto' without strict, or ask for JSON by response_format"
         )
+        return refuse(field, message)
