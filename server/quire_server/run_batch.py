@@ -82,7 +82,7 @@ async def run_batch(
 
     server = Server(engine, settings)
     caller = Caller(server, create_app(server))
-    lines = Input(Path(source), caller.endpoints, settings.limits.max_body_bytes)
+    lines = Input(Path(source), caller.endpoints, settings.limits)
     try:
         errors = lines.check()
         if errors:

@@ -258,6 +258,8 @@ def test_specification_is_checked():
         dict(json_object=False),
         dict(regex=""),
         dict(regex="a", disable_any_whitespace=True),
+        dict(json_object=True, disable_additional_properties=True),
+        dict(json={}, disable_additional_properties=1),
     ):
         with pytest.raises(InvalidParameter) as refused:
             StructuredOutputs(**wrong)

@@ -58,7 +58,8 @@ def _answer(spec: StructuredOutputs, special: Callable[[str], bool]) -> str:
     from llguidance import LLMatcher
 
     if spec.json is not None or spec.json_object:
-        return LLMatcher.grammar_from_json_schema(_schema(spec.json or '{"type":"object"}'), overrides=_options(spec))
+        schema = _schema(spec.json or '{"type":"object"}', spec.disable_additional_properties)
+        return LLMatcher.grammar_from_json_schema(schema, overrides=_options(spec))
     if spec.regex is not None:
         return LLMatcher.grammar_from_regex(_regex(spec.regex))
     if spec.choice is not None:
@@ -76,19 +77,19 @@ def _load(text: str, what: str) -> Any:
         raise GrammarError(f"{what} is not JSON: {str(error) or 'nested too deeply'}") from None
 
 
-def _schema(text: str) -> str:
+def _schema(text: str, closed: bool) -> str:
     schema = _load(text, "the schema")
     if not isinstance(schema, dict | bool):
         raise GrammarError("a JSON schema is an object, or true or false")
     # A schema that is just true or false is no grammar to llguidance.
-    return json.dumps(_prepared(schema) if isinstance(schema, dict) else {"allOf": [schema]})
+    return json.dumps(_prepared(schema, closed) if isinstance(schema, dict) else {"allOf": [schema]})
 
 
-def _prepared(schema: dict[str, Any]) -> dict[str, Any]:
+def _prepared(schema: dict[str, Any], closed: bool = False) -> dict[str, Any]:
     if "x-guidance" in schema:
         raise GrammarError("x-guidance is not a keyword of JSON Schema")
     try:
-        made: dict[str, Any] = json_schema.prepare(schema)
+        made: dict[str, Any] = json_schema.prepare(json_schema.close(schema) if closed else schema)
     except json_schema.SchemaError as error:
         raise GrammarError(str(error)) from None
     except RecursionError:
@@ -99,7 +100,7 @@ def _prepared(schema: dict[str, Any]) -> dict[str, Any]:
 def _options(spec: StructuredOutputs) -> Any:
     if spec.disable_any_whitespace:
         return json_schema.OPTIONS | {"whitespace_flexible": False}
-    pattern = WHITESPACE if spec.whitespace_pattern is None else spec.whitespace_pattern
+    pattern = WHITESPACE if spec.whitespace_pattern is None else _ecma(spec.whitespace_pattern)
     return json_schema.OPTIONS | {"whitespace_flexible": True, "whitespace_pattern": pattern}
 
 
@@ -108,8 +109,12 @@ def _regex(regex: str) -> str:
     if regex.startswith("^"):
         regex = regex[1:]
     backslashes = len(regex[:-1]) - len(regex[:-1].rstrip("\\"))
+    return _ecma(regex[:-1] if regex.endswith("$") and backslashes % 2 == 0 else regex)
+
+
+def _ecma(regex: str) -> str:
     try:
-        return ecma_regex.translate(regex[:-1] if regex.endswith("$") and backslashes % 2 == 0 else regex)
+        return ecma_regex.translate(regex)
     except ecma_regex.RegexError as error:
         raise GrammarError(str(error)) from None
 

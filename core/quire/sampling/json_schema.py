@@ -70,6 +70,23 @@ def _pattern(pattern: str) -> str:
         raise SchemaError(f"pattern: {error}") from None
 
 
+def close(schema: Any) -> Any:
+    """The same schema with no additional properties in objects that name some and do not speak of others."""
+    if isinstance(schema, list):
+        return [close(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _MAPS and isinstance(value, dict):
+            made[name] = {key: close(item) for key, item in value.items()}
+        else:
+            made[name] = value if name in _VALUES else close(value)
+    if {"properties", "patternProperties"} & set(made):
+        made.setdefault("additionalProperties", False)
+    return made
+
+
 def _check_written(name: str, value: Any) -> None:
     """Raise for a text that only an escape by number could write."""
     if isinstance(value, str) and _BY_NUMBER.search(value):

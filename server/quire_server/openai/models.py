@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends
@@ -15,8 +16,12 @@ State = Annotated[Server, Depends(server_of)]
 
 
 def _card(server: Server, name: str) -> dict[str, Any]:
+    """In OpenAI's terms, and in Anthropic's, whose clients ask the same path."""
     return {
         "id": name,
+        "type": "model",
+        "display_name": name,
+        "created_at": datetime.fromtimestamp(server.created, UTC).isoformat(),
         "object": "model",
         "created": server.created,
         "owned_by": "quire",
@@ -28,7 +33,9 @@ def _card(server: Server, name: str) -> dict[str, Any]:
 
 @router.get("")
 async def list_models(server: State) -> Response:
-    return json_response({"object": "list", "data": [_card(server, name) for name in server.settings.model_names]})
+    names = server.settings.model_names
+    page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+    return json_response({"object": "list", "data": [_card(server, name) for name in names], **page})
 
 
 @router.get("/{name:path}")

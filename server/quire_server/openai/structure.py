@@ -11,7 +11,7 @@ from quire_server.errors import ApiError, refuse
 from quire_server.openai.base import Strict
 from quire_server.tool_parsers.hermes import Hermes
 
-OPTIONS = (*STRUCTURES, "disable_any_whitespace", "whitespace_pattern")
+OPTIONS = (*STRUCTURES, "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 
 
