@@ -92,7 +92,7 @@ async def run_batch(
 
     server = Server(engines, settings)
     caller = Caller(server, create_app(server))
-    lines = Input(Path(source), caller.endpoints, settings.limits.max_body_bytes)
+    lines = Input(Path(source), caller.endpoints, settings.limits)
     try:
         errors = lines.check()
         if errors:

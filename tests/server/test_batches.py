@@ -650,7 +650,7 @@ def test_input_keeps_only_places_in_memory(tmp_path):
     """Blank lines count for the numbers, and a line is found again by its place."""
     path = tmp_path / "in"
     path.write_bytes(b"\n" + jsonl(line("a")) + b"  \r\n" + jsonl(line("b", n=3)).rstrip(b"\n"))
-    lines = Input(path, (COMPLETIONS,), 10_000)
+    lines = Input(path, (COMPLETIONS,), Limits(max_body_bytes=10_000, max_body_values=100))
     assert lines.check() == []
     assert [(lines.line(i).number, lines.line(i).custom_id, lines.line(i).sequences) for i in range(2)] == [
         (2, "a", 1), (4, "b", 3),

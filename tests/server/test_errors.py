@@ -75,7 +75,7 @@ REFUSED_CHAT = {
     "max_completion_tokens": 10**9,
     "tool_choice": "required",  # without tools
     "store": True,
-    "metadata": {"a": "b"},
+    "metadata": {"a": "b" * 513},
     "modalities": ["audio"],
     "audio": {},
     "functions": [],

@@ -119,6 +119,23 @@ def test_requests_at_once(make_live, file):
         assert client.completions.create(model="demo", prompt="x").choices
 
 
+def test_responses_in_the_background_count_as_open(make_live, file):
+    """A key of one request at once has one at work: it can look at it and end it, and not begin another."""
+    live = make_live(FakeLLM(delay=0.02), Settings(api_key_file=file, max_concurrent_requests_per_key=1))
+    alice = live.openai(api_key="alice-key")
+    began = alice.responses.create(model="demo", input="x", background=True, extra_body={"ignore_eos": True})
+    for begin in (
+        lambda: alice.completions.create(model="demo", prompt="x"),
+        lambda: alice.responses.create(model="demo", input="x", background=True),
+    ):
+        with pytest.raises(openai.RateLimitError, match="limit is 1 at once"):
+            begin()
+    assert alice.responses.retrieve(began.id).status in ("queued", "in_progress")
+    assert live.openai(api_key="bob-s-key").completions.create(model="demo", prompt="x").choices
+    assert alice.responses.cancel(began.id).status == "cancelled"
+    assert alice.completions.create(model="demo", prompt="x").choices
+
+
 def test_a_client_that_waits_as_told_is_served(make_live, file):
     live = make_live(settings=Settings(api_key_file=file, max_requests_per_minute_per_key=40))
     patient = live.openai(api_key="alice-key", max_retries=5)
@@ -144,7 +161,7 @@ def test_nothing_is_kept_of_what_has_ended():
         current_key.set(Key("alice", b""))
         for path in ["/v1/models", "/fails"] * 5:
             try:
-                await limiter({"type": "http", "path": path}, None, None)
+                await limiter({"type": "http", "method": "POST", "path": path}, None, None)
             except RuntimeError:
                 assert path == "/fails"
 

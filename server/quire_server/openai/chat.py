@@ -21,7 +21,7 @@ from quire_server.openai.generation import Job, Sample, StreamUsage
 from quire_server.openai.structure import renamed
 from quire_server.parsers import Choice
 from quire_server.reasoning_tokens import ReasoningTokens
-from quire_server.record import response_id
+from quire_server.record import current, response_id
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
 from quire_server.streaming import DONE, EventStream, answer, event
@@ -39,8 +39,9 @@ async def create_chat_completion(request: Request, body: ChatRequest, server: St
     body.check(server.limits)
     body.check_prompt(server.limits, server.settings.trust_request_chat_template)
     request.state.user = body.user or body.safety_identifier
+    current().metadata = body.metadata
     head = {
-        "id": response_id("chatcmpl"),
+        "id": response_id("chatcmpl", body.request_id),
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": body.model or model.name,

@@ -12,13 +12,14 @@ from pydantic_core import from_json
 from quire_server.errors import ApiError, refuse, refused_field
 from quire_server.limits import Limits
 from quire_server.openai.base import Strict
-from quire_server.openai.fields import REFUSED, GenerationFields, Int32
+from quire_server.openai.fields import REFUSED, CacheKey, GenerationFields, Int32, Metadata
 from quire_server.openai.structure import Form, of_calls
 from quire_server.tool_grammar import Tool as CallTool
 from quire_server.tool_grammar import Writer
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TEXT_ONLY = "only text is supported"
+CUSTOM = "custom tools are not supported, only functions: structured_outputs.grammar holds a whole answer to a grammar"
 MOST_PARTS = 2**14  # messages, their parts and calls, whatever --max-messages says: more are not even looked at
 
 
@@ -26,7 +27,10 @@ class ContentPart(Strict):
     type: Literal["text", "refusal"]
     text: str | None = None
     refusal: str | None = None
-    refused = dict.fromkeys(("image_url", "input_audio", "audio_url", "video_url", "file"), ((), TEXT_ONLY))
+    refused = {  # noqa: RUF012
+        **dict.fromkeys(("image_url", "input_audio", "audio_url", "video_url", "file"), ((), TEXT_ONLY)),
+        "prompt_cache_breakpoint": ((), "equal prefixes are reused without it"),
+    }
 
     @field_validator("type", mode="before")
     @classmethod
@@ -111,6 +115,7 @@ class FunctionSpec(Strict):
 class Tool(Strict):
     type: Literal["function"] = "function"
     function: FunctionSpec
+    refused = {"custom": ((), CUSTOM)}  # noqa: RUF012
 
 
 class FunctionName(Strict):
@@ -122,6 +127,34 @@ class NamedChoice(Strict):
 
     type: Literal["function"] = "function"
     function: FunctionName
+    refused = {"custom": ((), CUSTOM)}  # noqa: RUF012
+
+
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(fail_fast=True, min_length=1)]
+
+
+class AllowedChoice(Strict):
+    """The only functions that may be called; the others are not even in the prompt."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if kind is None and not isinstance(value, dict):
+        return "(mode)"
+    return "(allowed)" if kind == "allowed_tools" else "(function)"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("(mode)")]
+    | Annotated[NamedChoice, Tag("(function)")]
+    | Annotated[AllowedChoice, Tag("(allowed)")],
+    Discriminator(_choice),
+]
 
 
 def _parts(items: Any) -> int:
@@ -182,15 +215,15 @@ class ChatRequest(GenerationFields, ChatFields):
         "modalities": ((["text"],), TEXT_ONLY),
         "functions": ((), "deprecated by OpenAI: use tools"),
         "function_call": (("none",), "deprecated by OpenAI: use tool_choice"),
-        "metadata": (({},), "it belongs to stored answers: use /v1/responses"),
         "store": ((False,), "chat completions are not stored: use /v1/responses"),
         "prediction": ((), "predicted outputs are not supported"),
         "web_search_options": ((), "this server searches nothing"),
         "verbosity": (("medium",), "the model has no such setting"),
-        "prompt_cache_key": ((), "equal prefixes are reused without a key; cache_salt separates them"),
-        "prompt_cache_retention": ((), "pages are kept for as long as the memory allows"),
+        "prompt_cache_retention": (("in_memory",), "pages are kept for as long as the memory allows"),
         "prompt_cache_options": ((), "equal prefixes are reused without it"),
         "best_of": ((1,), "chat has no best_of"),
+        "return_prompt_text": ((False,), "/tokenize shows what a template makes of messages"),
+        "media_io_kwargs": ((), TEXT_ONLY),
     }
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
@@ -199,12 +232,28 @@ class ChatRequest(GenerationFields, ChatFields):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Int32 | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     echo: bool = False
     safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(None, description="The new name of user.")
+    metadata: Metadata | None = Field(None, description="Told in the JSON log and in the trace.")
+    prompt_cache_key: CacheKey | None = None
+
+    @model_validator(mode="after")
+    def _only_allowed_tools(self) -> ChatRequest:
+        """``allowed_tools`` are a list of tools and a choice of the other form."""
+        if isinstance(self.tool_choice, AllowedChoice):
+            allowed = self.tool_choice.allowed_tools
+            for each in allowed.tools:
+                if not self._named(each.function.name):
+                    reason = f"no tool is named {each.function.name!r}"
+                    raise refused_field("tool_choice", reason, "invalid_value")
+            names = {each.function.name for each in allowed.tools}
+            self.tools = [tool for tool in self.tools or () if tool.function.name in names]
+            self.tool_choice = allowed.mode
+        return self
 
     @property
     def offers_tools(self) -> bool:

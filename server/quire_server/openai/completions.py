@@ -33,7 +33,7 @@ async def create_completion(request: Request, body: CompletionRequest, server: S
     body.check(server.limits)
     request.state.user = body.user
     head = {
-        "id": response_id("cmpl"),
+        "id": response_id("cmpl", body.request_id),
         "object": "text_completion",
         "created": int(time.time()),
         "model": body.model or model.name,

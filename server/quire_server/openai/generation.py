@@ -215,7 +215,7 @@ def token_name(fields: GenerationFields, token: int, logprob: Logprob) -> str:
 
 
 def truncate(fields: GenerationFields, token_ids: list[int], max_model_len: int) -> list[int]:
-    """The last ``truncate_prompt_tokens`` of the prompt; -1 keeps what the context holds."""
+    """The last ``truncate_prompt_tokens`` of the prompt, or the first of them; -1 keeps what the context holds."""
     keep = fields.truncate_prompt_tokens
     if keep is None:
         return token_ids
@@ -225,4 +225,4 @@ def truncate(fields: GenerationFields, token_ids: list[int], max_model_len: int)
         )
     if keep == -1:
         keep = max_model_len - 1
-    return token_ids[max(len(token_ids) - keep, 0) :]
+    return token_ids[:keep] if fields.truncation_side == "right" else token_ids[max(len(token_ids) - keep, 0) :]

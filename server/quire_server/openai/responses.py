@@ -26,6 +26,7 @@ from quire_server.openai.responses_events import Answer, sse
 from quire_server.openai.responses_items import ITEMS, Items, new_id
 from quire_server.openai.responses_schema import ResponsesRequest, in_our_names
 from quire_server.openai.responses_tokens import Ledger
+from quire_server.record import current
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
 from quire_server.streaming import EventStream, answer
@@ -38,6 +39,7 @@ State = Annotated[Server, Depends(server_of)]
 async def create_response(request: Request, body: ResponsesRequest, server: State) -> Response:
     """Answer a conversation."""
     request.state.user = body.user or body.safety_identifier
+    current().metadata = body.metadata
     plan = await _plan(server, body, owner_of(request))
     if body.background:
         return await _begin(server, plan)

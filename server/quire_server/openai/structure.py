@@ -12,7 +12,7 @@ from quire_server.errors import ApiError, refuse
 from quire_server.openai.base import Strict
 from quire_server.tool_grammar import CannotWrite, Writer
 
-OPTIONS = (*STRUCTURES, "disable_any_whitespace", "whitespace_pattern")
+OPTIONS = (*STRUCTURES, "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 
 
 class ResponseFormat(Strict):
