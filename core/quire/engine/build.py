@@ -65,7 +65,8 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     maps = family.weights(hf_config)
     memory = plan_memory(
         config, spec, kv, [backend.page_bytes(group) for group in kv.groups],
-        weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings), dtype, backend.memory(config.device_index),
+        weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings, backend.capabilities.embed_formats), dtype,
+        backend.memory(config.device_index),
     )  # fmt: skip
     memory = replace(memory, device=device)
     scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
@@ -112,7 +113,8 @@ def _open(backend: Backend, config: EngineConfig) -> str:
     missing = [name for name, own in native(backend).items() if not own]
     if missing:
         logger.info("%s computes these by the reference: %s", backend.name, ", ".join(missing))
-    backend.open(config.device_index, DeviceOptions(threads=config.threads, batch_invariant=config.batch_invariant))
+    options = DeviceOptions(threads=config.threads, isa=config.isa, batch_invariant=config.batch_invariant)
+    backend.open(config.device_index, options)
     if config.batch_invariant and not backend.capabilities.batch_invariant:
         raise UnsupportedOnDevice(
             backend.name,
