@@ -1,9 +1,22 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 
 namespace quire {
+
+// A build may leave instruction sets out (QUIRE_ISAS): their tables are null.
+#if defined(QUIRE_WITHOUT_avx2)
+const Kernels* kernels_avx2() { return nullptr; }
+#endif
+#if defined(QUIRE_WITHOUT_avx512)
+const Kernels* kernels_avx512() { return nullptr; }
+#endif
+#if defined(QUIRE_WITHOUT_avx512_bf16)
+const Kernels* kernels_avx512_bf16() { return nullptr; }
+#endif
+
 namespace {
 
 std::vector<const Kernels*> usable() {
@@ -18,6 +31,7 @@ std::vector<const Kernels*> usable() {
     if (avx2) tables.push_back(kernels_avx2());
     if (avx512) tables.push_back(kernels_avx512());
     if (bf16) tables.push_back(kernels_avx512_bf16());
+    tables.erase(std::remove(tables.begin(), tables.end(), nullptr), tables.end());
 #endif
     return tables;
 }

@@ -14,14 +14,47 @@
 namespace quire {
 
 namespace {
-constexpr size_t huge_page = size_t(2) << 20;
-constexpr size_t chunk_bytes = size_t(64) << 20;
+[[maybe_unused]] constexpr size_t huge_page = size_t(2) << 20;
+[[maybe_unused]] constexpr size_t chunk_bytes = size_t(64) << 20;
 constexpr size_t alignment = 4096;
 
-size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+[[maybe_unused]] size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 std::mutex nodes_mutex;
 std::vector<int> nodes_in_use;
+}  // namespace
+
+void set_nodes(const std::vector<int>& nodes) {
+    std::lock_guard<std::mutex> lock(nodes_mutex);
+    nodes_in_use = nodes;
+}
+
+namespace {
+
+void* allocate(size_t bytes) {
+    void* data = nullptr;
+    if (posix_memalign(&data, alignment, bytes ? bytes : 1) != 0) throw std::bad_alloc();
+    return data;
+}
+
+}  // namespace
+
+#if defined(__SANITIZE_ADDRESS__)
+// Each buffer an allocation of its own, of exactly its size: the sanitizer sees what leaves it.
+struct Chunk {
+    Chunk(size_t bytes, bool) : base(allocate(bytes)) { std::memset(base, 0, bytes); }
+    ~Chunk() { std::free(base); }
+    Chunk(const Chunk&) = delete;
+    Chunk& operator=(const Chunk&) = delete;
+
+    void* base;
+};
+
+Buffer::Buffer(size_t bytes, bool spread) : chunk_(std::make_shared<Chunk>(bytes, spread)), size_(bytes) {
+    address_ = reinterpret_cast<uintptr_t>(chunk_->base);
+}
+#else
+namespace {
 
 std::vector<int> nodes() {
     std::lock_guard<std::mutex> lock(nodes_mutex);
@@ -41,31 +74,9 @@ void take_turns(uintptr_t start, size_t size, const std::vector<int>& nodes) {
     (void)start, (void)size, (void)nodes;
 #endif
 }
+
 }  // namespace
 
-void set_nodes(const std::vector<int>& nodes) {
-    std::lock_guard<std::mutex> lock(nodes_mutex);
-    nodes_in_use = nodes;
-}
-
-#if defined(__SANITIZE_ADDRESS__)
-// Each buffer an allocation of its own, of exactly its size: the sanitizer sees what leaves it.
-struct Chunk {
-    Chunk(size_t bytes, bool) : base(std::aligned_alloc(alignment, round_up(bytes ? bytes : 1, 64))) {
-        if (!base) throw std::bad_alloc();
-        std::memset(base, 0, bytes);
-    }
-    ~Chunk() { std::free(base); }
-    Chunk(const Chunk&) = delete;
-    Chunk& operator=(const Chunk&) = delete;
-
-    void* base;
-};
-
-Buffer::Buffer(size_t bytes, bool spread) : chunk_(std::make_shared<Chunk>(bytes, spread)), size_(bytes) {
-    address_ = reinterpret_cast<uintptr_t>(chunk_->base);
-}
-#else
 struct Chunk {
     Chunk(size_t bytes, bool spread) : size(round_up(bytes, huge_page)) {
         // One huge page more than asked, to start at the border of one; what is never touched costs nothing.
@@ -112,13 +123,18 @@ Buffer::Buffer(size_t bytes, bool spread) : size_(bytes) {
 Scratch::~Scratch() { std::free(data_); }
 
 void* Scratch::reserve(size_t bytes) {
-    if (bytes > capacity_) {
+#if defined(__SANITIZE_ADDRESS__)
+    const bool fits = bytes == capacity_;  // no byte more, so that the sanitizer sees what leaves it
+    const size_t room = bytes;
+#else
+    const bool fits = bytes <= capacity_;
+    const size_t room = round_up(bytes + bytes / 4, alignment);
+#endif
+    if (!fits) {
         std::free(data_);
         data_ = nullptr;
         capacity_ = 0;
-        const size_t room = round_up(bytes + bytes / 4, alignment);
-        data_ = std::aligned_alloc(alignment, room);
-        if (!data_) throw std::bad_alloc();
+        data_ = allocate(room);
         capacity_ = room;
     }
     return data_;

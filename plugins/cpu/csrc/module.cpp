@@ -244,6 +244,13 @@ void bind_probes(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    m.def("sanitized", [] {
+#if defined(__SANITIZE_ADDRESS__)
+        return true;
+#else
+        return false;
+#endif
+    });
     m.def("isas", &usable_isas, "Instruction sets this machine can run, the best last.");
     m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
     m.def("set_isa", &set_isa, "name"_a);
