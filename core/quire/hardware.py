@@ -117,8 +117,8 @@ class DeviceOptions:
     """What the command line says about a device. A backend refuses by name what it cannot honour."""
 
     threads: int | None = None
-    isa: str | None = None  # None: the best; Backend.open refuses what capabilities.isas does not name
     batch_invariant: bool = False
+    isa: str | None = None  # None: the best; Backend.open refuses what capabilities.isas does not name
 
 
 @dataclass

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
 BUILD=${BUILD:-$PWD/build/sanitize}
-ISAS=${ISAS:-avx2;avx512_bf16;avx512_amx}
+ISAS=${ISAS:-avx2;avx512_bf16;amx}
 if ! command -v g++ >/dev/null; then
   echo "sanitize: not run, since there is no g++ here"
   exit 0

@@ -45,6 +45,7 @@ const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx();
 
 // The table in use: the most capable that this machine can run, unless set_isa chose another.
 const Kernels& kernels();

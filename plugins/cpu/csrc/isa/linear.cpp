@@ -1,6 +1,7 @@
 // The inner loops of y = x W^T; linear.h describes the layouts.
 #include "../linear.h"
 
+#include "amx.h"
 #include "dot.h"
 #include "epilogue.h"
 #include "tables.h"
@@ -50,6 +51,65 @@ void multiply_rows(int rows, const char* w, const char* x, int64_t steps, float*
     if (rows == ROWS) return multiply<Dot, ROWS>(w, x, steps, acc, first, ahead, ahead_step);
     if constexpr (ROWS > 1) multiply_rows<Dot, ROWS - 1>(rows, w, x, steps, acc, first, ahead, ahead_step);
 }
+
+#if defined(__AMX_BF16__)
+// Pairs of bf16 by tiles: 16 pairs of 16 rows of x with 16 rows of W in one instruction. A sum is still one chain over K
+// in order, whatever the other rows: 32 elements to an instruction, which rounds each pair's products and sum on their
+// way, and takes denormals for zero.
+struct DotTiles : DotBf16 {};
+template <>
+constexpr int max_rows<DotTiles> = 2 * tile_rows;
+
+template <bool TWO>
+QUIRE_INLINE void multiply_tiles(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
+                                 uintptr_t ahead, int ahead_step) {
+    constexpr int acc_bytes = group_rows * 4, block_bytes = step_block * step_bytes;
+    float* acc2 = acc + tile_rows * group_rows;
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (TWO) _tile_zero(2);
+        if (TWO) _tile_zero(3);
+    } else {
+        _tile_loadd(0, acc, acc_bytes);
+        _tile_loadd(1, acc + tile_rows, acc_bytes);
+        if (TWO) _tile_loadd(2, acc2, acc_bytes);
+        if (TWO) _tile_loadd(3, acc2 + tile_rows, acc_bytes);
+    }
+    for (int64_t block = 0; block < steps; block += step_block) {
+        _tile_loadd(6, w, step_bytes);
+        _tile_loadd(4, x, tile_row_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + step_bytes / 2, step_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+        if (TWO) {
+            _tile_loadd(5, x + tile_rows * tile_row_bytes, tile_row_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        for (int i = 0; i < ahead_step * step_block; i += 64) prefetch_l2(ahead + i);
+        ahead += ahead_step * step_block;
+        w += block_bytes;
+        x += rows * tile_row_bytes;
+    }
+    _tile_stored(0, acc, acc_bytes);
+    _tile_stored(1, acc + tile_rows, acc_bytes);
+    if (TWO) _tile_stored(2, acc2, acc_bytes);
+    if (TWO) _tile_stored(3, acc2 + tile_rows, acc_bytes);
+}
+
+template <>
+void multiply_rows<DotTiles, max_rows<DotTiles>>(int rows, const char* w, const char* x, int64_t steps, float* acc,
+                                                 bool first, uintptr_t ahead, int ahead_step) {
+    configure_product(rows);
+    if (rows > tile_rows) multiply_tiles<true>(rows, w, x, steps, acc, first, ahead, ahead_step);
+    else multiply_tiles<false>(rows, w, x, steps, acc, first, ahead, ahead_step);
+    _tile_release();
+}
+using DotPairs = DotTiles;
+#else
+using DotPairs = DotBf16;
+#endif
 
 // The sums of one group of rows of W for some tiles of x, `done(tile)` as each is complete. `after`: what is read next.
 template <class Dot, class F>
@@ -125,15 +185,15 @@ void pack_tile(const PackXArgs& a, int64_t tile) {
 void pack_x(const PackXArgs& a, int64_t tile) {
     const bool narrow = a.x.type == DType::bf16;
     if (a.weight == DType::f32) return narrow ? pack_tile<DotF32, bf16>(a, tile) : pack_tile<DotF32, float>(a, tile);
-    return narrow ? pack_tile<DotBf16, bf16>(a, tile) : pack_tile<DotBf16, float>(a, tile);
+    return narrow ? pack_tile<DotPairs, bf16>(a, tile) : pack_tile<DotPairs, float>(a, tile);
 }
 
 void linear_group(const LinearArgs& a, int64_t group, int64_t tile0, int64_t tile1, float* scratch) {
     if (a.type == DType::f32) return group_of<DotF32>(a, group, tile0, tile1, scratch);
-    group_of<DotBf16>(a, group, tile0, tile1, scratch);
+    group_of<DotPairs>(a, group, tile0, tile1, scratch);
 }
 
 extern const LinearLimits linear_limits;
-const LinearLimits linear_limits = {{max_rows<DotF32>, max_rows<DotBf16>}, {DotF32::x_bytes, DotBf16::x_bytes}};
+const LinearLimits linear_limits = {{max_rows<DotF32>, max_rows<DotPairs>}, {DotF32::x_bytes, DotPairs::x_bytes}};
 
 }  // namespace quire::QUIRE_ISA
