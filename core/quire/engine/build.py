@@ -86,6 +86,7 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     )  # fmt: skip
     scheduler = Scheduler(scheduler_config, cache_config, kv)
     core = EngineCore(scheduler, runner.run, overlap=scheduler_config.async_scheduling)
+    runner.launched = core.launched
     resolved = replace(config, scheduler=scheduler_config, cache=cache_config)
     return Engine(core, resolved, spec, memory, backend, device, dtype, compiler)
 
