@@ -56,6 +56,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str | None = None  # round weights while loading: a name of quire.quantization.FORMATS
     threads: int | None = None
+    isa: str | None = None  # instruction set of a device that has several; None: the best
     batch_invariant: bool = False
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     seed: int = 0
@@ -123,7 +124,7 @@ class EngineConfig:
 
 
 ENGINE_FIELDS = {
-    "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "batch_invariant", "load_format", "seed",
+    "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "isa", "batch_invariant", "load_format", "seed",
     "enforce_eager", "revision", "hf_overrides", "quantization", "step_timeout", "grammar_timeout", "spare_process",
 }  # fmt: skip
 SCHEDULER_FIELDS = {

@@ -85,7 +85,7 @@ def survey(config: EngineConfig, registry: Registry) -> Survey:
         )
     kv = kv_spec(spec, kv_dtype, config.cache.block_size, config.scheduler.max_model_len or None)
     maps = family.weights(hf_config)
-    weights = weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings)
+    weights = weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings, backend.capabilities.embed_formats)
     page_bytes = tuple(backend.page_bytes(group) for group in kv.groups)
     memory = backend.memory(config.device_index)
     return Survey(config, folder, spec, maps, backend, device, dtype, kv, weights, page_bytes, memory)
@@ -113,6 +113,7 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     )  # fmt: skip
     scheduler = Scheduler(scheduler_config, cache_config, kv)
     core = EngineCore(scheduler, runner.run, overlap=scheduler_config.async_scheduling)
+    runner.launched = core.launched
     resolved = replace(config, scheduler=scheduler_config, cache=cache_config)
     return Engine(core, resolved, spec, memory, backend, found.device, dtype, compiler)
 
@@ -140,7 +141,8 @@ def _open(backend: Backend, config: EngineConfig) -> str:
     missing = [name for name, own in native(backend).items() if not own]
     if missing:
         logger.info("%s computes these by the reference: %s", backend.name, ", ".join(missing))
-    backend.open(config.device_index, DeviceOptions(threads=config.threads, batch_invariant=config.batch_invariant))
+    options = DeviceOptions(threads=config.threads, isa=config.isa, batch_invariant=config.batch_invariant)
+    backend.open(config.device_index, options)
     if config.batch_invariant and not backend.capabilities.batch_invariant:
         raise UnsupportedOnDevice(
             backend.name,
