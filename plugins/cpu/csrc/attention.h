@@ -1,7 +1,8 @@
 // Attention over paged keys and values: the layouts and work lists that the driver (attention.cpp) and the kernels
 // (isa/attention.cpp) agree on.
 //
-// A page holds, for each KV head, its keys and then its values, both in blocks of 16 tokens:
+// The pages of one KV head lie side by side, then those of the next: a task reads one head, so pages that follow each
+// other are one stream. A page of a head holds keys and then values, both in blocks of 16 tokens:
 //   keys    [block][step over channels][16 tokens]   a step is as many channels as fit in 4 bytes: 1, 2 or 4
 //   values  [block][step over tokens][channels]      a step is as many tokens
 // in units of 4 bytes. In 8 bits each token and head has a float32 scale for its key and one for its value; those of a
@@ -25,10 +26,11 @@ constexpr int key_tile = 256;
 enum class KVType : int { f32 = 0, bf16 = 1, f16 = 2, s8 = 3 };
 QUIRE_CONST int kv_bytes(KVType t) { return t == KVType::f32 ? 4 : t == KVType::s8 ? 1 : 2; }
 
-// Shape and place of the pool of a KV group. Bytes.
+// Shape of the pool of a KV group, of one layer. Bytes.
 struct KVLayout {
     KVType type;
     int kv_heads, head_dim, page_size;
+    int64_t pages;
 
     QUIRE_CONST int per_step() const { return 4 / kv_bytes(type); }
     QUIRE_CONST int64_t scale_bytes() const { return type == KVType::s8 ? key_block * 4 : 0; }
@@ -39,8 +41,9 @@ struct KVLayout {
     QUIRE_CONST int64_t key_block_bytes() const { return key_data_bytes() + scale_bytes(); }
     QUIRE_CONST int64_t value_block_bytes() const { return value_data_bytes() + scale_bytes(); }
     QUIRE_CONST int64_t values_offset() const { return page_size / key_block * key_block_bytes(); }
-    QUIRE_CONST int64_t head_bytes() const { return page_size / key_block * (key_block_bytes() + value_block_bytes()); }
-    QUIRE_CONST int64_t page_bytes() const { return kv_heads * head_bytes(); }
+    QUIRE_CONST int64_t head_page_bytes() const { return page_size / key_block * (key_block_bytes() + value_block_bytes()); }
+    QUIRE_CONST int64_t head_bytes() const { return pages * head_page_bytes(); }
+    QUIRE_CONST int64_t page_bytes() const { return kv_heads * head_page_bytes(); }
 };
 
 struct WriteKVArgs {

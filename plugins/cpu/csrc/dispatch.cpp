@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <stdexcept>
 
@@ -12,6 +13,21 @@
 #endif
 
 namespace quire {
+
+// A build may leave instruction sets out (QUIRE_ISAS): their tables are null.
+#if defined(QUIRE_WITHOUT_avx2)
+const Kernels* kernels_avx2() { return nullptr; }
+#endif
+#if defined(QUIRE_WITHOUT_avx512)
+const Kernels* kernels_avx512() { return nullptr; }
+#endif
+#if defined(QUIRE_WITHOUT_avx512_bf16)
+const Kernels* kernels_avx512_bf16() { return nullptr; }
+#endif
+#if defined(QUIRE_WITHOUT_amx)
+const Kernels* kernels_amx() { return nullptr; }
+#endif
+
 namespace {
 
 // Whether the processor has tiles with products of bf16 and of bytes, and the system lets this process use them: their
@@ -42,6 +58,7 @@ std::vector<const Kernels*> usable() {
     if (avx512) tables.push_back(kernels_avx512());
     if (bf16) tables.push_back(kernels_avx512_bf16());
     if (bf16 && __builtin_cpu_supports("avx512vbmi") && have_tiles()) tables.push_back(kernels_amx());
+    tables.erase(std::remove(tables.begin(), tables.end(), nullptr), tables.end());
 #endif
     return tables;
 }

@@ -20,7 +20,7 @@ KV_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 
 @dataclass
 class PagedKV:
-    """One pool a group, [layers in group, pages, bytes of a page and layer]."""
+    """One pool a group, [layers in group, KV heads, pages, bytes of a page, layer and head]."""
 
     spec: KVSpec
     layouts: list[_native.KVLayout]
@@ -29,10 +29,10 @@ class PagedKV:
     place: dict[int, tuple[int, int]]  # layer: (group, index in the group's pool)
 
     def pool(self, group: int) -> Tensor:
-        """uint8 [layers in group, pages, bytes]; a view, valid as long as this object."""
-        layers, pages = len(self.spec.groups[group].layers), self.pages[group]
+        """uint8 [layers in group, KV heads, pages, bytes]; a view, valid as long as this object."""
+        layers, pages, heads = len(self.spec.groups[group].layers), self.pages[group], self.spec.groups[group].kv_heads
         size = layers * pages * self.layouts[group].page_bytes
-        return as_tensor(self.buffers[group], torch.uint8)[:size].view(layers, pages, -1)
+        return as_tensor(self.buffers[group], torch.uint8)[:size].view(layers, heads, pages, -1)
 
     def address(self, layer: int) -> tuple[int, int]:
         """(group, address of the layer's pages)."""
@@ -43,27 +43,27 @@ class PagedKV:
         return self.pages[group] * self.spec.groups[group].page_size
 
 
-def _layout(group: KVGroupSpec) -> _native.KVLayout:
+def _layout(group: KVGroupSpec, pages: int) -> _native.KVLayout:
     if group.page_size < KEY_BLOCK or group.page_size % KEY_BLOCK:
         raise ValueError(f"page_size is {group.page_size}, but native pages hold a multiple of {KEY_BLOCK} tokens")
     if not 1 <= group.head_dim <= 256:
         raise ValueError(f"head_dim is {group.head_dim}, but the native kernels take at most 256")
     if group.dtype not in KV_DTYPES:
         raise ValueError(f"the KV dtype is {group.dtype}, but the native kernels take {', '.join(KV_DTYPES)}")
-    return _native.KVLayout(KV_DTYPES[group.dtype], group.kv_heads, group.head_dim, group.page_size)
+    return _native.KVLayout(KV_DTYPES[group.dtype], group.kv_heads, group.head_dim, group.page_size, pages)
 
 
 def page_bytes(group: KVGroupSpec) -> int:
     """Bytes of one page over all layers of the group: channels of values are padded to a multiple of 16."""
-    return len(group.layers) * _layout(group).page_bytes
+    return len(group.layers) * _layout(group, 1).page_bytes
 
 
 def allocate_kv(spec: KVSpec, pages: Sequence[int]) -> PagedKV:
     """Pools of ``pages[g]`` pages; memory is taken when a page is first written."""
     if len(pages) != len(spec.groups):
         raise ValueError(f"pages has {len(pages)} entries, but there are {len(spec.groups)} KV groups")
-    layouts = [_layout(group) for group in spec.groups]
-    buffers = [_native.Buffer(count * page_bytes(group)) for group, count in zip(spec.groups, pages, strict=True)]
+    layouts = [_layout(group, count) for group, count in zip(spec.groups, pages, strict=True)]
+    buffers = [_native.Buffer(count * page_bytes(group), True) for group, count in zip(spec.groups, pages, strict=True)]
     place = {layer: (g, i) for g, group in enumerate(spec.groups) for i, layer in enumerate(group.layers)}
     return PagedKV(spec, layouts, buffers, list(pages), place)
 
@@ -87,7 +87,7 @@ def copy_pages(source: PagedKV, target: PagedKV, group: int, pairs: Sequence[tup
     """Copy page a of ``source`` to page b of ``target`` for each (a, b), all layers; all reads come before writes."""
     if pairs:
         a, b = torch.tensor(pairs, dtype=torch.int64).unbind(1)
-        target.pool(group).index_copy_(1, b, source.pool(group).index_select(1, a))
+        target.pool(group).index_copy_(2, b, source.pool(group).index_select(2, a))
 
 
 def prepare_qkv(

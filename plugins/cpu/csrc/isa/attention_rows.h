@@ -27,7 +27,7 @@ public:
         const KVLayout& l = a.layout;
         walk.table_ = a.block_tables + task.sequence * a.block_table_stride;
         walk.pool_ = a.pool + task.head * l.head_bytes();
-        walk.page_bytes_ = l.page_bytes();
+        walk.page_bytes_ = l.head_page_bytes();
         walk.key_bytes_ = l.key_block_bytes();
         walk.value_bytes_ = l.value_block_bytes();
         walk.values_offset_ = l.values_offset();

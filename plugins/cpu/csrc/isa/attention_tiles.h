@@ -52,6 +52,8 @@ struct KeyTile {
     const char *keys[blocks_of_tile], *values[blocks_of_tile];
     unsigned ready_keys, ready_values;  // slices that lie converted in the task's memory
     int first, last;                    // blocks that the task reads
+    bool ready_scales;
+    float key_scales[key_tile], value_scales[key_tile];  // of integers; with the scale of all scores
 };
 
 // 16 rows of a task against a tile of keys.
@@ -66,40 +68,47 @@ struct Job {
     float maximum[tile_rows], sum[tile_rows];
 };
 
-// Fetches the blocks of a tile of keys while something else is computed, some lines at a time: a burst of many would
-// hold up what comes after it.
+// Fetches the blocks of a tile of keys while something else is computed, a few lines at a time and evenly: a burst of many
+// would hold up what comes after it, and memory that waits for the next burst is lost time.
 class Stream {
 public:
-    QUIRE_INLINE Stream of(const KVLayout& l, int points) {
-        Stream s;
-        s.key_lines_ = int(l.key_block_bytes() / 64);
-        s.value_lines_ = int(l.value_block_bytes() / 64);
-        s.burst_ = (blocks_of_tile * (s.key_lines_ + s.value_lines_) + points - 1) / points;
-        return s;
-    }
+    // `points`: how often pull() is called for a tile.
+    Stream(const KVLayout& l, int points)
+        : key_bytes_(l.key_block_bytes()), value_bytes_(l.value_block_bytes()),
+          rate_(unsigned(blocks_of_tile * (key_bytes_ + value_bytes_) / 64 * 65536 / points) + 1) {}
+
     void start(const KeyTile* tile) {
         tile_ = tile;
         run_ = tile ? 2 * tile->first : 0;
-        left_ = 0;
+        at_ = end_ = 0;
     }
-    // The runs are a block's keys, its values, the next block's keys, and so on.
-    QUIRE_INLINE void pull(Stream& s) { s.pull_lines(s.burst_); }
-    void drain() { pull_lines(1 << 20); }
+    __attribute__((always_inline)) void pull() {
+        due_ += rate_;
+        for (; due_ >= 65536 && (at_ < end_ || next_run()); due_ -= 65536, at_ += 64) prefetch_l2(at_);
+        due_ &= 65535;
+    }
+    void drain() {
+        for (; at_ < end_ || next_run(); at_ += 64) prefetch_l2(at_);
+    }
 
 private:
-    __attribute__((always_inline)) void pull_lines(int lines) {
-        for (; lines > 0 && (left_ || next_run()); lines--, left_--, at_ += 64) prefetch_l2(at_);
-    }
-    bool next_run() {
+    // A block's keys, its values, the next block's keys, and so on, as far as they follow each other in memory.
+    __attribute__((noinline)) bool next_run() {
         if (!tile_ || run_ >= 2 * tile_->last) return false;
-        at_ = reinterpret_cast<uintptr_t>((run_ % 2 ? tile_->values : tile_->keys)[run_ / 2]);
-        left_ = run_++ % 2 ? value_lines_ : key_lines_;
+        at_ = end_ = address(run_);
+        for (; run_ < 2 * tile_->last && address(run_) == end_; run_++) end_ += run_ % 2 ? value_bytes_ : key_bytes_;
         return true;
+    }
+    uintptr_t address(int run) const {
+        return reinterpret_cast<uintptr_t>((run % 2 ? tile_->values : tile_->keys)[run / 2]);
     }
 
     const KeyTile* tile_ = nullptr;
-    uintptr_t at_ = 0;
-    int key_lines_, value_lines_, burst_, run_ = 0, left_ = 0;
+    const int64_t key_bytes_, value_bytes_;
+    const unsigned rate_;  // lines, in 65536ths
+    unsigned due_ = 0;
+    uintptr_t at_ = 0, end_ = 0;
+    int run_ = 0;
 };
 
 template <class Pages>
@@ -116,6 +125,7 @@ private:
     const char* keys_of(Job& job, int slice);
     const char* values_of(Job& job, int slice);
     void score_slice(Job& job, int slice);
+    void gather_scales(KeyTile& tile) const;
     void soften(Job& job, int row);
     void value_step(Job& job, int step);
     void finish(const Job& job);
@@ -156,7 +166,7 @@ TileTask<Pages>::TileTask(const AttentionArgs& a, const AttentionTask& task, cha
       row_tiles_((rows_ + tile_rows - 1) / tile_rows), chunks_((a.layout.head_dim + 31) / 32),
       channel_tiles_(int(channels_ / 16)), passes_((channel_tiles_ + pass_tiles - 1) / pass_tiles),
       single_(row_tiles_ == 1 && passes_ == 1),
-      stream_(Stream::of(l_, slices_of_tile * (chunks_ + channel_tiles_ + smaller(rows_, tile_rows)))),
+      stream_(l_, slices_of_tile * (chunks_ + channel_tiles_ + smaller(rows_, tile_rows))),
       next_tile_(task.tile0) {
     const auto cut = [&](int64_t bytes) {
         char* piece = scratch;
@@ -197,6 +207,7 @@ void TileTask<Pages>::find_blocks(KeyTile& tile, const AttentionTask& task, int6
     const int64_t base = index * key_tile;
     tile.index = index;
     tile.ready_keys = tile.ready_values = 0;
+    tile.ready_scales = false;
     tile.first = int(larger<int64_t>(0, begin - base) / key_block);
     tile.last = int((smaller<int64_t>(key_tile, end - base) + key_block - 1) / key_block);
     BlockWalk walk = BlockWalk::make(a_, task, base / key_block + tile.first);
@@ -300,11 +311,20 @@ void TileTask<Pages>::score_slice(Job& job, int slice) {
             _tile_loadd(5, k1 + at, tile_row_bytes);
             _tile_dpbf16ps(7, 4, 5);
         }
-        Stream::pull(stream_);
+        stream_.pull();
     }
     float* out = job.scores + slice * slice_keys;
     _tile_stored(6, out, score_stride * 4);
     _tile_stored(7, out + 16, score_stride * 4);
+}
+
+template <class Pages>
+void TileTask<Pages>::gather_scales(KeyTile& tile) const {
+    tile.ready_scales = true;
+    for (int i = tile.first / 2 * 2 * key_block; i < (tile.last + 1) / 2 * 2 * key_block; i += W) {
+        store(tile.key_scales + i, scales_of(tile.keys, i, l_.key_data_bytes()) * set1(a_.scale));
+        store(tile.value_scales + i, scales_of(tile.values, i, l_.value_data_bytes()));
+    }
 }
 
 // Scores of a row to weights: scale, cap, hide, 2^(score - maximum), rounded to bfloat16.
@@ -317,15 +337,14 @@ void TileTask<Pages>::soften(Job& job, int row) {
     float* s = job.scores + row * score_stride;
     const VF hidden = set1(minus_infinity);
     const bool plain = !Pages::scaled && a_.soft_cap == 0 && a_.scale > 0;
-    if (!plain) {
-        const VF scale = set1(a_.scale);
-        for (int i = lo; i < hi; i += W) {
-            VF v = load(s + i) * scale;
-            if constexpr (Pages::scaled) v = v * scales_of(job.tile->keys, i, l_.key_data_bytes());
-            if (a_.soft_cap != 0) v = set1(a_.soft_cap) * tanh(v / set1(a_.soft_cap));
-            store(s + i, v);
-        }
+    if constexpr (Pages::scaled) {
+        if (!job.tile->ready_scales) gather_scales(*job.tile);
+        for (int i = lo; i < hi; i += W) store(s + i, load(s + i) * load(job.tile->key_scales + i));
+    } else if (!plain) {
+        for (int i = lo; i < hi; i += W) store(s + i, load(s + i) * set1(a_.scale));
     }
+    if (a_.soft_cap != 0)
+        for (int i = lo; i < hi; i += W) store(s + i, set1(a_.soft_cap) * tanh(load(s + i) / set1(a_.soft_cap)));
     for (int i = lo; i < begin; i += W) store(s + i, keep(load(s + i), begin - i, W, hidden));
     for (int i = end / W * W; i < hi; i += W) store(s + i, keep(load(s + i), 0, end - i, hidden));
     VF top0 = hidden, top1 = hidden;
@@ -343,15 +362,15 @@ void TileTask<Pages>::soften(Job& job, int row) {
         total0 = total0 + p0;
         total1 = total1 + p1;
         if constexpr (Pages::scaled) {
-            p0 = p0 * scales_of(job.tile->values, i, l_.value_data_bytes());
-            p1 = p1 * scales_of(job.tile->values, i + W, l_.value_data_bytes());
+            p0 = p0 * load(job.tile->value_scales + i);
+            p1 = p1 * load(job.tile->value_scales + i + W);
             if (i < begin || i + 2 * W > end) {  // 0 times the scale of a slot that nobody wrote may be NaN
                 p0 = keep(p0, begin - i, end - i, zero());
                 p1 = keep(p1, begin - i - W, end - i - W, zero());
             }
         }
         _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(p1.v, p0.v));
-        Stream::pull(stream_);
+        stream_.pull();
     }
     job.sum[row] = reduce_add(total0 + total1);
 }
@@ -397,19 +416,19 @@ void TileTask<Pages>::value_step(Job& job, int step) {
         for (int part = 0; part < Pages::parts; part++, v += tile_rows * channels_ * 4) {
             _tile_loadd(5, v, channels_ * 4);
             _tile_dpbf16ps(0, 4, 5);
-            Stream::pull(stream_);
+            stream_.pull();
             if (tiles < 2) continue;
             _tile_loadd(5, v + 64, channels_ * 4);
             _tile_dpbf16ps(1, 4, 5);
-            Stream::pull(stream_);
+            stream_.pull();
             if (tiles < 3) continue;
             _tile_loadd(5, v + 128, channels_ * 4);
             _tile_dpbf16ps(2, 4, 5);
-            Stream::pull(stream_);
+            stream_.pull();
             if (tiles < 4) continue;
             _tile_loadd(5, v + 192, channels_ * 4);
             _tile_dpbf16ps(3, 4, 5);
-            Stream::pull(stream_);
+            stream_.pull();
         }
         if (slice != job.last - 1) continue;
         float* out = sums_ + pass * pass_tiles * 16;
