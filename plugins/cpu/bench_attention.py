@@ -82,7 +82,7 @@ def decode(args: argparse.Namespace, shape: str, kv_dtype: str, buffer: _native.
         _, kv_heads, dim = SHAPES[shape]
         number = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1 + 4 / dim}[kv_dtype]
         size = sum(lengths) * kv_heads * dim * 2 * number  # of a layer
-        world = World(shape, kv_dtype, lengths, 1, args.page, max(2, int(CACHES // size)))
+        world = World(shape, kv_dtype, lengths, 1, args.page, max(2, int(CACHES // size)), args.shuffled)
         world.run()
         read = statistics.median(buffer.size / _native.read_seconds(buffer) for _ in range(5))
         seconds = measure(world.run, args.seconds) / world.layers
@@ -94,7 +94,7 @@ def decode(args: argparse.Namespace, shape: str, kv_dtype: str, buffer: _native.
 def prefill(args: argparse.Namespace, shape: str, kv_dtype: str) -> None:
     heads, kv_heads, dim = SHAPES[shape]
     for tokens in args.prefill:
-        world = World(shape, kv_dtype, [tokens], tokens, args.page, 1)
+        world = World(shape, kv_dtype, [tokens], tokens, args.page, 1, args.shuffled)
         world.run()
         peak = max(_native.dot_rate(native.DTYPES[torch.bfloat16], 100_000) for _ in range(3))
         seconds = measure(world.run, args.seconds)
@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--decode", nargs="*", default=list(DECODE), choices=list(DECODE))
     parser.add_argument("--prefill", nargs="*", type=int, default=PREFILL)
     parser.add_argument("--page", type=int, default=16)
+    parser.add_argument("--shuffled", action="store_true", help="pages in random order, as after long use")
     parser.add_argument("--torch", action="store_true")
     args = parser.parse_args()
     native.set_isa(args.isa)
@@ -129,7 +130,8 @@ def main() -> None:
     torch.set_num_threads(1)
     buffer = _native.Buffer(256 << 20)
     native.as_tensor(buffer, torch.uint8).zero_()
-    print(f"{args.isa}, {args.threads} threads, pages of {args.page}")
+    pages = "shuffled" if args.shuffled else "ascending"
+    print(f"{args.isa}, {args.threads} threads, {pages} pages of {args.page}")
     for shape in args.shapes:
         for kv_dtype in args.kv:
             decode(args, shape, kv_dtype, buffer)
