@@ -91,6 +91,7 @@ class Capabilities:
     graphs: bool = False  # capture() returns a replayable step
     collectives: frozenset[str] = frozenset()  # names of Communicator methods
     batch_invariant: bool = False  # bits do not depend on what else is in the batch
+    attention_backends: frozenset[str] = frozenset()  # what --attention-backend may name here, in capitals
     priority: int = 0  # `--device auto` takes the usable device with the highest; below 0: never
 
 
@@ -116,6 +117,7 @@ class DeviceOptions:
 
     threads: int | None = None
     batch_invariant: bool = False
+    attention_backend: str | None = None  # a name of Capabilities.attention_backends; None: the device chooses
 
 
 @dataclass
@@ -216,6 +218,14 @@ class Backend:
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         """Take device ``index``; called once, before any operation below."""
         self.device_index, self.options = index, options
+        wanted, offered = options.attention_backend, sorted(self.capabilities.attention_backends)
+        if wanted is not None and wanted.upper() not in offered:
+            reason = f"it offers {', '.join(offered)}" if offered else "it has one implementation of its own"
+            raise UnsupportedOnDevice(self.name, f"--attention-backend {wanted}", reason, ["leave the flag out"])
+
+    def notes(self) -> list[str]:
+        """A line each on what an opened device has chosen, and what it cannot use and why; ``quire doctor`` shows them."""
+        return []
 
     @property
     def device(self) -> torch.device:
@@ -232,6 +242,10 @@ class Backend:
 
     def synchronize(self) -> None:
         """Return when everything queued is done."""
+
+    def peak_memory(self, fn: Callable[[], Any]) -> int | None:
+        """Run ``fn``: the most bytes it took at once beyond what was held; None, without running it: it cannot be told."""
+        return None
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """A copy of a host array, ordered before what is queued next; the caller may write to its array at once."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
-from quire.engine.memory import MemoryPlan, plan_memory
+from quire.engine.memory import MemoryPlan, capture_bytes, plan_memory
 from quire.errors import ConfigError, UnsupportedOnDevice
 from quire.hardware import Backend, DeviceOptions
 from quire.models.config import read_config
@@ -16,11 +18,12 @@ from quire.models.family import find_family
 from quire.plugins import Registry, load, native
 from quire.quantization import FORMATS, HEAD
 from quire.scheduler.scheduler import Scheduler
-from quire.spec import ModelSpec, kv_spec
+from quire.spec import KVSpec, ModelSpec, kv_spec
 from quire.weights.checkpoint import weight_bytes
 from quire.weights.resolve import resolve_model
 
 if TYPE_CHECKING:
+    from quire.layers.decoder import Decoder
     from quire.sampling.grammar import GrammarCompiler
     from quire.text.tokenizer import Tokenizer
 
@@ -63,13 +66,11 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
         )
     kv = kv_spec(spec, kv_dtype, config.cache.block_size, config.scheduler.max_model_len or None)
     maps = family.weights(hf_config)
-    memory = plan_memory(
-        config, spec, kv, [backend.page_bytes(group) for group in kv.groups],
+    plan = partial(
+        plan_memory, config, spec, kv, [backend.page_bytes(group) for group in kv.groups],
         weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings), dtype, backend.memory(config.device_index),
     )  # fmt: skip
-    memory = replace(memory, device=device)
-    scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
-    cache_config = replace(config.cache, num_pages=memory.pages, num_host_pages=memory.host_pages)
+    memory = plan()
     from quire.engine.runner import Runner
     from quire.layers.decoder import Decoder
     from quire.weights.load import load_weights
@@ -78,15 +79,34 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
         folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed,
         quantization=config.quantization,
     )  # fmt: skip
+    model = Decoder(spec, weights, backend)
+    memory = replace(_measured(plan, memory, model, kv, config, dtype), device=device)
+    scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
+    cache_config = replace(config.cache, num_pages=memory.pages, num_host_pages=memory.host_pages)
     compiler = _grammar_compiler(config, spec)
     runner = Runner(
-        backend, Decoder(spec, weights, backend), kv, memory.pages, memory.host_pages, scheduler_config.max_num_seqs,
+        backend, model, kv, memory.pages, memory.host_pages, scheduler_config.max_num_seqs,
         memory.max_model_len, capture=not config.enforce_eager, compiler=compiler,
     )  # fmt: skip
     scheduler = Scheduler(scheduler_config, cache_config, kv)
     core = EngineCore(scheduler, runner.run, overlap=scheduler_config.async_scheduling)
     resolved = replace(config, scheduler=scheduler_config, cache=cache_config)
     return Engine(core, resolved, spec, memory, backend, device, dtype, compiler)
+
+
+def _measured(
+    plan: Callable[..., MemoryPlan], memory: MemoryPlan, model: Decoder, kv: KVSpec, config: EngineConfig, dtype: str
+) -> MemoryPlan:
+    """The plan made again with what one step was seen to take; the same one where the device cannot tell."""
+    from quire.engine.graphs import LARGEST_BUCKET, bucket_sizes
+    from quire.engine.measure import measure_step
+
+    taken = measure_step(model.backend, model, kv, config.scheduler, memory.max_model_len)
+    if taken is None:
+        return memory
+    if model.backend.capabilities.graphs and not config.enforce_eager:
+        taken += capture_bytes(model.spec, dtype, bucket_sizes(min(config.scheduler.max_num_seqs, LARGEST_BUCKET)))
+    return plan(measured=taken, longest=memory.max_model_len)
 
 
 def _grammar_compiler(config: EngineConfig, spec: ModelSpec) -> GrammarCompiler | None:
@@ -112,7 +132,10 @@ def _open(backend: Backend, config: EngineConfig) -> str:
     missing = [name for name, own in native(backend).items() if not own]
     if missing:
         logger.info("%s computes these by the reference: %s", backend.name, ", ".join(missing))
-    backend.open(config.device_index, DeviceOptions(threads=config.threads, batch_invariant=config.batch_invariant))
+    options = DeviceOptions(
+        threads=config.threads, batch_invariant=config.batch_invariant, attention_backend=config.attention_backend
+    )
+    backend.open(config.device_index, options)
     if config.batch_invariant and not backend.capabilities.batch_invariant:
         raise UnsupportedOnDevice(
             backend.name,

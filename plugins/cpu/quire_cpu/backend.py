@@ -43,6 +43,7 @@ class CpuBackend(Backend):
             {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "recv", "barrier"}
         ),
         batch_invariant=True,
+        attention_backends=frozenset({"CPU_ATTN"}),
     )
 
     def __init__(self) -> None:
