@@ -18,7 +18,8 @@ IPEX works with, does not bring, so that where IPEX is usable at all it is asked
 
 
 class IpexAttention(Implementation):
-    """``PagedAttention.flash_attn_varlen_func``: prompts, chunks and decode steps alike, over a block table."""
+    """``PagedAttention.flash_attn_varlen_func``: prompts, chunks and decode steps alike, over a block table. The build for
+    GPUs takes pools of [pages, page_size, Hkv, D], as ours are (the one for CPUs, of the same name, does not)."""
 
     name = IPEX
     head_sizes = (64, 256)
