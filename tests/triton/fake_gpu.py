@@ -177,8 +177,22 @@ def made(name: str) -> Any:
     return found[name]()
 
 
+class Pinned(torch.Tensor):
+    """A tensor that says that it is pinned, and hands that on to its views and to nothing else."""
+
+    def is_pinned(self, device: Any = None) -> bool:
+        return True
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_function__(func, types, args, kwargs or {})
+        views = func in (torch.Tensor.movedim, torch.Tensor.permute, torch.Tensor.view)
+        return out if views or not isinstance(out, Pinned) else out.as_subclass(torch.Tensor)
+
+
 def in_host_memory(name: str) -> Any:
-    """The plugin's backend with its tensors in host memory; ``pinned`` lists what it asked to be pinned."""
+    """The plugin's backend with its tensors in host memory; ``pinned`` lists what it asked to be pinned, which then says
+    so of itself and of its views, as torch's tensors do."""
     base = type(made(name))
 
     class Here(base):  # type: ignore[misc, valid-type]
@@ -192,6 +206,6 @@ def in_host_memory(name: str) -> Any:
 
         def _pinned(self, shape: Any, dtype: torch.dtype) -> torch.Tensor:
             self.pinned.append(tuple(shape))
-            return torch.empty(tuple(shape), dtype=dtype)
+            return torch.empty(tuple(shape), dtype=dtype).as_subclass(Pinned)
 
     return Here()

@@ -74,12 +74,38 @@ def test_a_copy_to_the_device_is_made_in_pinned_memory_once(backend, gpu, dtype,
     assert gpu.log == []  # nobody waited
 
 
-def test_the_pool_of_swapped_pages_is_pinned(backend):
-    backend.allocate_kv(SPEC, [4])
+LAYERS = KVSpec((KVGroupSpec((0, 2), 2, 32, "float32", 16), KVGroupSpec((1,), 2, 32, "bfloat16", 16)))
+
+
+def test_swapped_pages_are_pinned_and_cross_whole(backend, gpu):
+    """Out and back, through the reference's own pools; each page is one piece of pinned memory, and nobody waits."""
+    kv = backend.allocate_kv(LAYERS, [200, 5])
     assert backend.pinned == []
-    kv = backend.allocate_kv(SPEC, [3], host=True)
-    assert backend.pinned == [(1, 2, 3, 16, 2, 32)]
-    assert kv.pools[0].shape == (1, 2, 3, 16, 2, 32)
+    host = backend.allocate_kv(LAYERS, [160, 4], host=True)
+    assert backend.pinned == [(160, 2, 2, 16, 2, 32), (4, 1, 2, 16, 2, 32)]
+    for pool, there in zip(kv.pools, host.pools, strict=True):
+        pool.normal_()
+        assert there.shape == (*pool.shape[:2], there.shape[2], *pool.shape[3:])
+        assert there[:, :, 1].is_contiguous()
+        there.fill_(torch.nan)
+    gpu.log.clear()
+    shuffled = np.random.default_rng(0)
+    for group, (pages, places) in enumerate(((200, 160), (5, 4))):
+        pairs = list(
+            zip(shuffled.permutation(pages)[:places].tolist(), shuffled.permutation(places).tolist(), strict=True)
+        )
+        before = kv.pools[group].clone()
+        backend.copy_pages(kv, host, group, pairs)
+        for a, b in pairs:
+            assert torch.equal(host.pools[group][:, :, b].as_subclass(torch.Tensor), before[:, :, a])
+        kv.pools[group].fill_(0)
+        backend.copy_pages(host, kv, group, [(b, a) for a, b in pairs])
+        taken = [a for a, _ in pairs]
+        assert torch.equal(kv.pools[group][:, :, taken], before[:, :, taken])
+        left = [page for page in range(pages) if page not in taken]
+        assert not kv.pools[group][:, :, left].any()
+    assert gpu.log == []
+    assert max(shape[0] for shape in backend.pinned if len(shape) == 1) <= 64, "a limited number at once"
 
 
 # -- recordings --------------------------------------------------------------------------------------------------------
@@ -220,7 +246,7 @@ def test_an_engine_on_the_fake(tmp_path, monkeypatch):
     assert engine.memory.working == 2 * GIB
     assert engine.device.startswith("cuda:0 (GPU 0, compute capability 9.0")
     assert "working memory 2.00 GiB (measured)" in engine.memory.report()
-    assert [shape[2] for shape in backend.pinned if len(shape) == 6] == list(engine.memory.host_pages)
+    assert [shape[0] for shape in backend.pinned if len(shape) == 6] == list(engine.memory.host_pages)
     engine.close()
 
 

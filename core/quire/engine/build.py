@@ -143,6 +143,8 @@ def _open(backend: Backend, config: EngineConfig) -> str:
             "its kernels' bits depend on the batch",
             ["another device", "leave the flag out"],
         )
+    for note in backend.notes():
+        logger.info("%s: %s", backend.name, note)
     found = devices[config.device_index]
     label = backend.name if len(devices) == 1 else f"{backend.name}:{config.device_index}"
     return f"{label} ({found.name}{', ' + found.details if found.details else ''})"

@@ -31,6 +31,9 @@ from quire_triton.graphs import Recorder
 
 log = logging.getLogger("quire.triton")
 
+SWAP_PAGES = 64
+"""Pages gathered at once on their way to or from the host: they take that much of the device's memory meanwhile."""
+
 BUILDS = {"cuda": "CUDA", "hip": "ROCm", "xpu": "XPU"}
 """Attributes of torch.version, and what the builds that have them are called."""
 
@@ -193,11 +196,33 @@ class GpuBackend(TritonOps):
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
 
     def allocate_kv(self, spec: KVSpec, pages: Sequence[int], host: bool = False) -> Any:
-        """As the reference; host pools are pinned, so that swapped pages cross at the bus's full rate."""
+        """As the reference. A host pool is pinned and page by page in memory, under the same shape: a page crosses in one
+        transfer that nobody waits for."""
         kv = super().allocate_kv(spec, pages, host)
         if host:
-            kv.pools = [self._pinned(pool.shape, pool.dtype) for pool in kv.pools]
+            for g, pool in enumerate(kv.pools):
+                by_page = self._pinned(pool.movedim(2, 0).shape, pool.dtype)
+                kv.pools[g] = by_page.movedim(0, 2)
         return kv
+
+    def copy_pages(self, source: Any, target: Any, group: int, pairs: Sequence[tuple[int, int]]) -> None:
+        a, b = source.pools[group], target.pools[group]
+        out, back = (x.is_pinned() and not y.is_pinned() for x, y in ((b, a), (a, b)))
+        if not (out or back) or a.dtype != b.dtype:
+            return super().copy_pages(source, target, group, pairs)
+        for first in range(0, len(pairs), SWAP_PAGES):
+            some = pairs[first : first + SWAP_PAGES]
+            here = self.to_device(np.asarray([x if out else y for x, y in some], dtype=np.int64))
+            if out:
+                gathered = a.movedim(2, 0)[here]  # [pages, layers, 2, page_size, Hkv, D]
+                for page, (_, to) in zip(gathered, some, strict=True):
+                    b[:, :, to].copy_(page, non_blocking=True)
+            else:
+                gathered = torch.empty((len(some), *b.movedim(2, 0).shape[1:]), dtype=b.dtype, device=b.device)
+                for page, (of, _) in zip(gathered, some, strict=True):
+                    page.copy_(a[:, :, of], non_blocking=True)
+                b[:, :, here] = gathered.movedim(0, 2)
+        return None
 
     def peak_memory(self, fn: Callable[[], Any]) -> int:
         """What torch's allocator reserved at its peak, blocks that it could not give back included, and what grew outside
