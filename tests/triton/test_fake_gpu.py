@@ -77,6 +77,28 @@ def test_a_copy_to_the_device_is_made_in_pinned_memory_once(backend, gpu, dtype,
 LAYERS = KVSpec((KVGroupSpec((0, 2), 2, 32, "float32", 16), KVGroupSpec((1,), 2, 32, "bfloat16", 16)))
 
 
+def test_pools_of_eight_bits_cross_as_bytes_with_their_scales(backend):
+    """A cache whose numbers have scales beside them: both cross, and no dtype is one that torch cannot index."""
+    import types
+
+    def cache(pinned: bool):
+        shape, scales = (1, 2, 6, 16, 2, 32), (1, 2, 6, 2, 16)
+        make = backend._pinned if pinned else (lambda s, d: torch.empty(s, dtype=d))
+        pool, scale = make(shape, torch.uint8), make(scales, torch.float32)
+        pool.random_(0, 120)
+        scale.normal_()
+        return types.SimpleNamespace(pools=[pool.view(torch.float8_e4m3fn)], scales=[scale])
+
+    here, there = cache(False), cache(True)
+    backend.copy_pages(here, there, 0, [(1, 4), (5, 0)])
+    for a, b in ((1, 4), (5, 0)):
+        assert torch.equal(
+            there.pools[0].view(torch.uint8)[:, :, b].as_subclass(torch.Tensor),
+            here.pools[0].view(torch.uint8)[:, :, a],
+        )
+        assert torch.equal(there.scales[0][:, :, b].as_subclass(torch.Tensor), here.scales[0][:, :, a])
+
+
 def test_swapped_pages_are_pinned_and_cross_whole(backend, gpu):
     """Out and back, through the reference's own pools; each page is one piece of pinned memory, and nobody waits."""
     kv = backend.allocate_kv(LAYERS, [200, 5])
@@ -265,16 +287,11 @@ def test_what_amds_architectures_fix(arch, monkeypatch):
     gpu.arch_list = [arch]
     install("rocm", monkeypatch, gpu)
     backend = in_host_memory("rocm")
-    kinds = {"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "int8"}
-    declared = type(backend).capabilities
-    import dataclasses
-
-    monkeypatch.setattr(type(backend), "capabilities", dataclasses.replace(declared, kv_dtypes=frozenset(kinds)))
     backend.open(0)
     row = backend.architecture
     assert (row.wave, row.fp8, row.matrix) == AMD[arch]
-    offered = {"bfloat16", "int8", *([row.fp8] if row.fp8 else [])}
-    assert backend.capabilities.kv_dtypes == offered, "an 8-bit float that is not the hardware's is not offered"
+    kinds = ("bfloat16", "float8_e4m3fn", "float8_e4m3fnuz")
+    assert {kind for kind in kinds if row.multiplies(kind)} == {"bfloat16", *([row.fp8] if row.fp8 else [])}
     assert row.describe() in backend.notes()
 
 
@@ -291,7 +308,7 @@ def test_an_architecture_without_a_row_promises_nothing():
     row = architectures.of("cuda", types.SimpleNamespace(gcnArchName="gfx1250", warp_size=32), hip=True)
     assert (row.name, row.wave, row.fp8) == ("gfx1250", 32, None)
     assert architectures.of("cuda", types.SimpleNamespace(major=8, minor=9)).fp8 == "float8_e4m3fn"
-    assert not architectures.of("cuda", types.SimpleNamespace(major=8, minor=0)).takes("float8_e4m3fn")
+    assert not architectures.of("cuda", types.SimpleNamespace(major=8, minor=0)).multiplies("float8_e4m3fn")
     xpu = types.SimpleNamespace(sub_group_sizes=[16, 32], has_subgroup_matrix_multiply_accumulate=True)
     assert architectures.of("xpu", xpu).matrix == "xmx"
 

@@ -1,7 +1,7 @@
 """The ROCm backend: torch's HIP build (whose names are torch.cuda's), Triton kernels, hipBLASLt for products, RCCL.
 
 What differs between AMD's architectures (64 lanes or 32, which fp8, which matrix instructions) is
-``quire_triton.architectures``; the open backend has its row as ``architecture``, and offers no dtype that is not its own.
+``quire_triton.architectures``; the open backend has its row as ``architecture``.
 """
 
 from __future__ import annotations

@@ -21,9 +21,10 @@ class Architecture:
     fp8: str | None
     matrix: str
 
-    def takes(self, dtype: str) -> bool:
-        """Whether kernels may use this dtype here: an 8-bit float only of the kind that the hardware has. The two e4m3
-        differ in bias and in NaN, so that bytes of one read as the other are wrong by a factor of two."""
+    def multiplies(self, dtype: str) -> bool:
+        """Whether the hardware has products of this dtype: of 8-bit floats it has one kind at most. The two e4m3 differ in
+        bias and in NaN, so that bytes of one read as the other are wrong by a factor of two. (A cache may still hold
+        bytes that a kernel makes and reads by arithmetic.)"""
         return not dtype.startswith("float8_e4m3") or dtype == self.fp8
 
     def describe(self) -> str:

@@ -86,6 +86,8 @@ class Implementation:
     def refuses(self, shape: Shape) -> str | None:
         """Why it does not take a shape, in one line; None where it does."""
         spec = shape.spec
+        if getattr(spec, "value_dim", None) is not None:
+            return "it has no latent attention"
         if shape.dtype not in self.dtypes:
             return f"it computes in {', '.join(sorted(self.dtypes))}, not in {shape.dtype}"
         if shape.kv_dtype != shape.dtype:

@@ -146,7 +146,7 @@ class GpuBackend(TritonOps):
             self.module.set_device(index)
             self.module.mem_get_info(index)  # the first call that needs a context: a device that is lost says so here
         self.architecture = architectures.of(self.kind, properties, torch.version.hip is not None)
-        self.capabilities = self._narrowed(type(self).capabilities)
+        self.capabilities = self._with_collectives(type(self).capabilities)
         super().open(index, options)
         self._recorder = Recorder(self.module)
         if options.batch_invariant:
@@ -166,12 +166,10 @@ class GpuBackend(TritonOps):
     def _require_code(self, properties: Any) -> None:
         """Raise DeviceUnavailable where torch's binaries hold no code for this GPU."""
 
-    def _narrowed(self, declared: Any) -> Any:
-        """What the class declares, less what this architecture's 8-bit floats are not, and with the collectives that
-        this torch is built with."""
-        kv = frozenset(dtype for dtype in declared.kv_dtypes if self.architecture.takes(dtype))
+    def _with_collectives(self, declared: Any) -> Any:
+        """What the class declares, with the collectives that this torch is built with."""
         offered = communicator.METHODS if self.collectives and communicator.missing(self.collectives) is None else ()
-        return dataclasses.replace(declared, kv_dtypes=kv, collectives=frozenset(offered))
+        return dataclasses.replace(declared, collectives=frozenset(offered))
 
     # -- order -----------------------------------------------------------------------------------------------------
     def stream(self) -> Any:
@@ -200,29 +198,41 @@ class GpuBackend(TritonOps):
         transfer that nobody waits for."""
         kv = super().allocate_kv(spec, pages, host)
         if host:
-            for g, pool in enumerate(kv.pools):
-                by_page = self._pinned(pool.movedim(2, 0).shape, pool.dtype)
-                kv.pools[g] = by_page.movedim(0, 2)
+            for tensors in self._by_group(kv):
+                for g, tensor in enumerate(tensors):
+                    if tensor is not None:
+                        tensors[g] = self._pinned(tensor.movedim(2, 0).shape, tensor.dtype).movedim(0, 2)
         return kv
 
+    @staticmethod
+    def _by_group(kv: Any) -> list[list[Any]]:
+        """The tensors of a KV cache that have pages, in their third place: pools, and scales where there are any."""
+        return [kv.pools, *([kv.scales] if getattr(kv, "scales", None) is not None else [])]
+
     def copy_pages(self, source: Any, target: Any, group: int, pairs: Sequence[tuple[int, int]]) -> None:
-        a, b = source.pools[group], target.pools[group]
-        out, back = (x.is_pinned() and not y.is_pinned() for x, y in ((b, a), (a, b)))
-        if not (out or back) or a.dtype != b.dtype:
+        sides = ([one[group] for one in self._by_group(kv) if one[group] is not None] for kv in (source, target))
+        both = list(zip(*sides, strict=True))
+        crosses = all(a.is_pinned() != b.is_pinned() and a.dtype == b.dtype for a, b in both)
+        if not crosses:
             return super().copy_pages(source, target, group, pairs)
         for first in range(0, len(pairs), SWAP_PAGES):
             some = pairs[first : first + SWAP_PAGES]
-            here = self.to_device(np.asarray([x if out else y for x, y in some], dtype=np.int64))
-            if out:
-                gathered = a.movedim(2, 0)[here]  # [pages, layers, 2, page_size, Hkv, D]
-                for page, (_, to) in zip(gathered, some, strict=True):
-                    b[:, :, to].copy_(page, non_blocking=True)
-            else:
-                gathered = torch.empty((len(some), *b.movedim(2, 0).shape[1:]), dtype=b.dtype, device=b.device)
-                for page, (of, _) in zip(gathered, some, strict=True):
-                    page.copy_(a[:, :, of], non_blocking=True)
-                b[:, :, here] = gathered.movedim(0, 2)
+            for a, b in both:
+                self._cross(_indexable(a), _indexable(b), some)
         return None
+
+    def _cross(self, a: Tensor, b: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        """Pages between the device and pinned memory, gathered on the device so that each is one piece."""
+        out = b.is_pinned()
+        here = self.to_device(np.asarray([x if out else y for x, y in pairs], dtype=np.int64))
+        if out:
+            for page, (_, to) in zip(a.movedim(2, 0)[here], pairs, strict=True):
+                b[:, :, to].copy_(page, non_blocking=True)
+            return
+        gathered = torch.empty((len(pairs), *b.movedim(2, 0).shape[1:]), dtype=b.dtype, device=b.device)
+        for page, (of, _) in zip(gathered, pairs, strict=True):
+            page.copy_(a[:, :, of], non_blocking=True)
+        b[:, :, here] = gathered.movedim(0, 2)
 
     def peak_memory(self, fn: Callable[[], Any]) -> int:
         """What torch's allocator reserved at its peak, blocks that it could not give back included, and what grew outside
@@ -343,3 +353,8 @@ class GpuBackend(TritonOps):
         reason = communicator.missing(self.collectives)
         lines.append(f"collectives through {self.collectives}" if reason is None else f"no collectives: {reason}")
         return lines
+
+
+def _indexable(x: Tensor) -> Tensor:
+    """x, or its bytes where torch cannot index its dtype (8-bit floats)."""
+    return x.view(torch.uint8) if x.dtype.itemsize == 1 else x

@@ -57,7 +57,7 @@ class XpuBackend(GpuBackend):
     def write_kv(self, kv: Any, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
         group, index = kv.place[layer]
         pool = kv.pools[group]
-        if self._fused is None or not self._ipex_takes(k, v, pool):
+        if self._fused is None or v is None or not self._ipex_takes(k, v, pool):
             return super().write_kv(kv, layer, k, v, batch)
         keys, values = pool[index]
         self._fused[0].reshape_and_cache_flash(k, v, keys, values, batch.slots[group])
