@@ -54,7 +54,7 @@ class XpuBackend(GpuBackend):
     def _ipex_takes(self, x: Tensor, *others: Tensor) -> bool:
         return x.dtype in (torch.bfloat16, torch.float16) and all(other.dtype == x.dtype for other in others)
 
-    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
+    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Any, batch: AttentionBatch) -> None:
         group, index = kv.place[layer]
         pool = kv.pools[group]
         if self._fused is None or v is None or not self._ipex_takes(k, v, pool):
