@@ -31,6 +31,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--isa", metavar="NAME", help="instruction set, where the device has several (default: the best)"
     )
     group.add_argument("--batch-invariant", action="store_true", help="refuse a device that cannot promise it")
+    group.add_argument(
+        "--attention-backend",
+        metavar="NAME",
+        help="an attention implementation that the device offers (default: it chooses; `quire doctor` shows them)",
+    )
     group.add_argument("--enforce-eager", action="store_true", help="never capture decode steps")
     group.add_argument("--seed", type=int, default=0, help="seed of dummy weights")
     group = parser.add_argument_group("memory")
