@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import quire_triton
-from quire.engine.batch import StepArrays
+from quire.engine.batch import RowTables
 from quire.engine.graphs import DecodeGraphs, bucket_sizes
 from quire.hardware import DeviceOptions
 from quire.spec import KVGroupSpec, KVSpec
@@ -146,14 +146,6 @@ class Model:
         return hidden[0][rows][:, None]
 
 
-def decode(count: int) -> StepArrays:
-    rows = np.arange(count, dtype=np.int64)
-    return StepArrays(
-        rows=rows, token_ids=rows + 5, positions=rows, query_start=np.arange(count + 1, dtype=np.int32),
-        context_lens=(rows + 1).astype(np.int32), block_tables=(np.ones((count, 2), dtype=np.int32),), slots=(rows,),
-    )  # fmt: skip
-
-
 @pytest.fixture
 def graphs(backend, gpu):
     model = Model()
@@ -169,7 +161,9 @@ def test_buckets_are_recorded_when_they_are_met_from_one_pool(graphs, gpu, backe
     assert gpu.pools == 0  # start-up waits for none
     for count, recorded in ((5, [6]), (6, [6]), (1, [6, 1]), (7, [6, 1, 8]), (5, [6, 1, 8])):
         assert graphs.fits(count)
-        graphs.run(decode(count))
+        rows, launched = np.arange(count, dtype=np.int64), []
+        graphs.run(RowTables(8, 64, SPEC), rows, rows, lambda launched=launched: launched.append(True))
+        assert launched == [True]
         assert list(graphs.buckets) == recorded
         assert len(gpu.captures) == len(recorded)
     assert {graph.pool for graph in gpu.captures} == {"pool 1"}

@@ -199,6 +199,7 @@ def test_the_doctor_says_it_in_one_line(name, gpu, monkeypatch):
         problem = examine(registry(name), name)["problem"]
         assert problem.startswith("torch 2.13.0 (")
         assert "\n" not in problem
+    gpu.arch_list = ["sm_90", "gfx942"]
     gpu.failure = RuntimeError("the bus is gone\nTraceback")
     assert examine(registry(name), name)["problem"].endswith(f"on {name} failed: the bus is gone")
 
