@@ -246,8 +246,9 @@ class ChatRequest(GenerationFields, ChatFields):
         """``allowed_tools`` are a list of tools and a choice of the other form."""
         if isinstance(self.tool_choice, AllowedChoice):
             allowed = self.tool_choice.allowed_tools
+            known = {tool.function.name for tool in self.tools or ()}
             for each in allowed.tools:
-                if not self._named(each.function.name):
+                if each.function.name not in known:
                     reason = f"no tool is named {each.function.name!r}"
                     raise refused_field("tool_choice", reason, "invalid_value")
             names = {each.function.name for each in allowed.tools}
