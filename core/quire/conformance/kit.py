@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import platform
 from collections.abc import Callable, Generator, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from quire.hardware import CONTRACT_VERSION, Backend, Capabilities, DeviceOptions
+from quire.hardware import CONTRACT_VERSION, Backend, Capabilities, DeviceInfo, DeviceOptions
+from quire.plugins import OPERATIONS
 from quire.quantization import FORMATS
 
 FOLDER = Path(__file__).parent
@@ -49,6 +51,8 @@ class Case:
     capability: str | None = None
     seconds: float = 0.0
     message: str = ""
+    operations: list[str] = field(default_factory=list)  # of the contract, those the case called, in this process
+    parameters: dict[str, Any] = field(default_factory=dict)  # what it was tried with: dtype, kv_dtype, head_size, ...
 
 
 @dataclass
@@ -59,15 +63,17 @@ class Report:
     speed: list[dict[str, Any]] = field(default_factory=list)
     output: str = ""  # what pytest printed, when it was captured
     exit_code: int = 0
+    hardware: DeviceInfo | None = None
 
     def names(self, outcome: str) -> list[str]:
         return [case.name for case in self.cases if case.outcome == outcome]
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON report, from which the support matrix is made."""
+        """The JSON report, from which the support matrix is made, and what is known of each operation."""
         import torch
 
         import quire
+        from quire.bench.environment import commit, now
 
         declared = None if self.capabilities is None else _plain(dataclasses.asdict(self.capabilities))
         return {
@@ -80,6 +86,10 @@ class Report:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "machine": platform.machine(),
+            "hardware": None if self.hardware is None else dataclasses.asdict(self.hardware),
+            "date": now(),
+            "commit": commit(FOLDER),
+            "batch_invariant": self.target.options.batch_invariant,
             "capabilities": declared,
             "summary": {o: len(self.names(o)) for o in ("passed", "failed", "skipped")},
             "cases": [dataclasses.asdict(case) for case in self.cases],
@@ -101,15 +111,29 @@ class Kit:
     def __init__(self, target: Target, speed: bool) -> None:
         self.target, self.report, self.speed = target, Report(target), speed
         self._backend: Backend | None = None
+        self._called: set[str] = set()
 
     def backend_once(self) -> Backend:
         """The opened backend, made on first use."""
         if self._backend is None:
             self._backend = self.target.factory()
             self.report.capabilities = self._backend.capabilities
+            self.report.hardware = self._backend.devices()[self.target.index]
             self._backend.open(self.target.index, self.target.options)
             self.report.capabilities = self._backend.capabilities
+            for name in (*OPERATIONS, "capture"):
+                setattr(self._backend, name, self._noted(name, getattr(self._backend, name)))
         return self._backend
+
+    def _noted(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        """``operation``, which also says that it was called."""
+
+        @functools.wraps(operation)
+        def call(*args: Any, **named: Any) -> Any:
+            self._called.add(name)
+            return operation(*args, **named)
+
+        return call
 
     def pytest_configure(self, config: pytest.Config) -> None:
         config.stash[KIT] = self
@@ -140,6 +164,7 @@ class Kit:
             config.hook.pytest_deselected(items=dropped)
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        self._called.clear()
         capability = _capability(item)
         if capability is not None and not getattr(self.backend_once().capabilities, capability):
             pytest.skip(f"{capability} not declared")
@@ -163,12 +188,20 @@ class Kit:
                     capability=_capability(item),
                     seconds=round(report.duration, 4),
                     message=message[:2000],
+                    operations=sorted(self._called),
+                    parameters=_parameters(item),
                 )
             )
         return report
 
 
 KIT: pytest.StashKey[Kit] = pytest.StashKey()
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    """Those that are plain values."""
+    given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return {name: value for name, value in given.items() if isinstance(value, str | int | float | None)}
 
 
 def _capability(item: pytest.Item) -> str | None:
