@@ -77,6 +77,9 @@ def test_the_report_says_where_it_ran_and_which_operations_a_case_called(sound):
     assert called["parameters"]["dtype"] == "bfloat16"
     window = next(case for name, case in cases.items() if name.startswith("window["))
     assert {"allocate_kv", "write_kv", "plan_attention", "attention"} <= set(window["operations"])
+    own = next(case for name, case in cases.items() if name.startswith("rms_norm["))
+    assert own["operations"] == ["rms_norm"]
+    assert own["by_reference"] == ([] if "rms_norm" in vars(Host) else ["rms_norm"])
     sizes = {case["parameters"]["head_size"] for case in cases.values() if "head_size" in case["parameters"]}
     assert sizes == {32, 64}
 

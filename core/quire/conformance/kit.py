@@ -23,6 +23,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "recv", "barrier")
+NOTED = (*OPERATIONS, "capture")
 SCHEMA = 1
 """Version of the JSON report."""
 
@@ -52,6 +53,7 @@ class Case:
     seconds: float = 0.0
     message: str = ""
     operations: list[str] = field(default_factory=list)  # of the contract, those the case called, in this process
+    by_reference: list[str] = field(default_factory=list)  # those of them that the reference computed, always or once
     parameters: dict[str, Any] = field(default_factory=dict)  # what it was tried with: dtype, kv_dtype, head_size, ...
 
 
@@ -112,6 +114,8 @@ class Kit:
         self.target, self.report, self.speed = target, Report(target), speed
         self._backend: Backend | None = None
         self._called: set[str] = set()
+        self._by_reference: set[str] = set()
+        self._defaults: dict[str, Callable[..., Any]] = {}
 
     def backend_once(self) -> Backend:
         """The opened backend, made on first use."""
@@ -121,16 +125,20 @@ class Kit:
             self.report.hardware = self._backend.devices()[self.target.index]
             self._backend.open(self.target.index, self.target.options)
             self.report.capabilities = self._backend.capabilities
-            for name in (*OPERATIONS, "capture"):
-                setattr(self._backend, name, self._noted(name, getattr(self._backend, name)))
+            for name in NOTED:
+                noted = self._noted(self._called, name, getattr(self._backend, name))
+                setattr(self._backend, name, noted)
         return self._backend
 
-    def _noted(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
-        """``operation``, which also says that it was called."""
+    def _noted(
+        self, where: set[str], name: str, operation: Callable[..., Any], bound: bool = True
+    ) -> Callable[..., Any]:
+        """``operation``, which adds its name to ``where`` when it is called on the backend under test."""
 
         @functools.wraps(operation)
         def call(*args: Any, **named: Any) -> Any:
-            self._called.add(name)
+            if bound or args[0] is self._backend:
+                where.add(name)
             return operation(*args, **named)
 
         return call
@@ -139,6 +147,14 @@ class Kit:
         config.stash[KIT] = self
         config.addinivalue_line("markers", "capability(name): needs the device to declare it")
         config.addinivalue_line("markers", "speed: measures, and judges nothing")
+        # The contract's defaults say when they compute, so that a report can tell a device's own work from theirs.
+        for name in NOTED:
+            self._defaults[name] = Backend.__dict__[name]
+            setattr(Backend, name, self._noted(self._by_reference, name, self._defaults[name], bound=False))
+
+    def pytest_unconfigure(self) -> None:
+        for name, default in self._defaults.items():
+            setattr(Backend, name, default)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         capabilities = self.backend_once().capabilities
@@ -165,6 +181,7 @@ class Kit:
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         self._called.clear()
+        self._by_reference.clear()
         capability = _capability(item)
         if capability is not None and not getattr(self.backend_once().capabilities, capability):
             pytest.skip(f"{capability} not declared")
@@ -188,7 +205,11 @@ class Kit:
                     capability=_capability(item),
                     seconds=round(report.duration, 4),
                     message=message[:2000],
-                    operations=sorted(self._called),
+                    # Ranks are processes of their own: what they call is not seen from here.
+                    operations=sorted(
+                        self._called | ({"communicator"} if "collective" in _parameters(item) else set())
+                    ),
+                    by_reference=sorted(self._called & self._by_reference),
                     parameters=_parameters(item),
                 )
             )
