@@ -108,11 +108,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the report there")
     args = parser.parse_args(argv)
 
-    from quire.hardware import UserError
+    from quire.hardware import DeviceOptions, UserError
     from quire.plugins import load
 
     try:
-        load().backend(args.device).devices()
+        backend = load().backend(args.device)
+        backend.devices()
+        if args.batch_invariant:
+            backend.open(0, DeviceOptions(batch_invariant=True))
     except UserError as error:
         print(error)
         return 2

@@ -19,6 +19,8 @@ from pathlib import Path
 
 from gpu import shapes
 from gpu.rows import Recorder, part_parser
+from quire.hardware import UserError
+from quire.plugins import load
 from quire.weights.checkpoint import weight_bytes
 
 FIRST = "start: first token"
@@ -43,7 +45,7 @@ def once(args: Namespace, folder: Path, cache: str) -> tuple[float, dict]:
     seconds = time.perf_counter() - begin
     _, errors = process.communicate(timeout=60)
     if not line or process.returncode:
-        raise RuntimeError(f"no token came: {errors.strip()[-500:]}")
+        raise RuntimeError(f"no token came: {errors.strip().rpartition(chr(10))[2]}")
     return seconds, {k: v for k, v in json.loads(line).items() if k != "tokens"}
 
 
@@ -66,6 +68,11 @@ def server(args: Namespace, folder: Path, cache: str, out: Recorder) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = part_parser(__doc__).parse_args(argv)
     out = Recorder(args.rows)
+    try:
+        load().choose(args.device).devices()  # before 16 GB are written for it
+    except UserError as error:
+        out.missing(FIRST, str(error))
+        return 2
     free = shapes.room(args.scratch)
     needed = weight_bytes(shapes.weights_of(shapes.write_config("8b", args.scratch, args.smoke)), "bfloat16") + (
         1 << 30
@@ -81,7 +88,11 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("start: first token, nothing compiled before", "start: first token, second time", FIRST):
             if args.smoke and name != FIRST:
                 continue
-            seconds, detail = once(args, folder, cache)
+            try:
+                seconds, detail = once(args, folder, cache)
+            except (RuntimeError, ValueError, subprocess.TimeoutExpired) as error:
+                out.missing(name, str(error))
+                continue
             out.add(name, seconds, **detail)
         server(args, folder, cache, out)
     return 0
