@@ -176,10 +176,29 @@ def is_own(backend: Any, operation: str) -> bool:
     return getattr(type(backend), operation) is not getattr(Backend, operation)
 
 
-def kernels_of(function: Any, seen: set[Any] | None = None) -> set[str]:
-    """Names of the Triton kernels that a function can launch, by what its code names, through functions and classes of
-    the plugins, their modules and its own imports."""
-    seen = set() if seen is None else seen
+def definitions(kind: type, operation: str) -> list[Any]:
+    """The functions by which a backend's class computes an operation: the first in its order, and those that it may hand
+    a case on to with ``super()``, without the reference."""
+    from quire.hardware import Backend
+
+    found = []
+    for one in kind.__mro__:
+        if one is Backend or (found and not {"super", operation} <= _names(found[-1].__code__)):
+            break
+        if operation in vars(one):
+            found.append(inspect.unwrap(vars(one)[operation]))
+    return found
+
+
+def kernels_of(kind: type, operation: str) -> set[str]:
+    """Names of the Triton kernels that an operation of a backend's class can launch, by what its code names."""
+    seen: set[Any] = set()
+    return {kernel for function in definitions(kind, operation) for kernel in _kernels(function, kind, seen)}
+
+
+def _kernels(function: Any, kind: type | None, seen: set[Any]) -> set[str]:
+    """Through functions and classes of the plugins, their modules, the function's own imports, and methods of ``kind``
+    that are no operations themselves."""
     function = inspect.unwrap(getattr(function, "__func__", function))
     if not isinstance(function, types.FunctionType) or function in seen:
         return set()
@@ -190,15 +209,16 @@ def kernels_of(function: Any, seen: set[Any] | None = None) -> set[str]:
     values += [
         getattr(v, n) for v in values if isinstance(v, types.ModuleType) and _ours(v) for n in names if hasattr(v, n)
     ]
+    values += [getattr(kind, name, None) for name in names - set(operations())]
     found: set[str] = set()
     for value in values:
         if type(value).__name__ in ("JITFunction", "InterpretedFunction") and hasattr(value, "fn"):
             found.add(value.fn.__name__)
         elif inspect.isfunction(value) and _ours(value):
-            found |= kernels_of(value, seen)
-        elif inspect.isclass(value) and _ours(value):
+            found |= _kernels(value, kind, seen)
+        elif inspect.isclass(value) and _ours(value) and value is not kind:
             for method in vars(value).values():
-                found |= kernels_of(method, seen)
+                found |= _kernels(method, value, seen)
     return found
 
 
@@ -286,9 +306,9 @@ class Known:
         return [(n, one) for n, one in enumerate(self.evidence, 1) if one.device == device]
 
     def shares(self, device: str, operation: str) -> bool:
-        """Whether what the interpreter ran is what the device computes by."""
-        ours, theirs = (getattr(type(b), operation) for b in (self.backends[device], self.interpreter))
-        return ours is theirs and is_own(self.interpreter, operation)
+        """Whether what the interpreter ran is what the device computes by, or one of the ways that it chooses among."""
+        theirs = getattr(type(self.interpreter), operation)
+        return is_own(self.interpreter, operation) and theirs in definitions(type(self.backends[device]), operation)
 
     def operation(self, device: str, operation: str) -> str:
         backend = self.backends[device]
@@ -308,7 +328,7 @@ class Known:
         return f"{by}: {', '.join(said)}" if said else f"{by}: **not yet**"
 
     def _compiled(self, device: str, operation: str) -> list[str]:
-        kernels = kernels_of(getattr(type(self.backends[device]), operation)) & set(self.compiled)
+        kernels = kernels_of(type(self.backends[device]), operation) & set(self.compiled)
         targets = [t for t in targets_of(device) if kernels and all(t in self.compiled[kernel] for kernel in kernels)]
         return [f"compiled for {', '.join(targets)}"] if targets else []
 
@@ -404,7 +424,7 @@ def page(evidence: Sequence[Evidence] | None = None) -> str:
         "- **run n [r]**: n cases of the kit passed on the hardware of report r; of an operation, those that called it and, if",
         "  it is the device's own, in which nothing of it was left to the reference.",
         "- **interpreted n [r]**: they passed under Triton's interpreter, which shows that the kernel computes what it should",
-        "  and nothing of how a GPU runs it.",
+        "  and nothing of how a GPU runs it. Where a plugin chooses among several ways, one of them is Triton's.",
         "- **compiled for**: its kernels are compiled for that architecture, within its registers and shared memory.",
         "- **own**, **reference**: the plugin computes it itself, or by the definition in PyTorch.",
         "- **not yet**: none of these. **not declared**: the device promises nothing of the kind.", "",

@@ -42,9 +42,41 @@ def test_the_page_is_current():
 def test_the_kernels_of_an_operation_are_found_in_its_code(operation, kernels):
     from quire_cuda.backend import CudaBackend
 
-    assert kernels <= how_known.kernels_of(getattr(CudaBackend, operation))
-    if not kernels:
-        assert not how_known.kernels_of(getattr(CudaBackend, operation))
+    found = how_known.kernels_of(CudaBackend, operation)
+    assert kernels <= found
+    assert kernels or not found
+
+
+def test_what_a_class_hands_on_is_a_way_of_its_too():
+    from quire.hardware import Backend
+    from quire_triton.backend import TritonOps
+
+    class Chooses(TritonOps):
+        def rotary(self, q, k, positions, cos_sin, interleaved=False):
+            return super().rotary(q, k, positions, cos_sin, interleaved)
+
+        def gated_act(self, x, activation):
+            return x
+
+        def embed(self, ids, table):
+            return super().embed(ids, table)
+
+        def layer_norm(self, x, weight, bias, spec, residual=None):
+            return self.through(x, weight, bias, spec, residual)
+
+        def through(self, *arguments):
+            from quire_triton.kernels.rms_norm import rms_norm
+
+            return rms_norm(*arguments)
+
+    Chooses.through.__module__ = "quire_triton.test"
+    assert how_known.definitions(Chooses, "rotary") == [Chooses.rotary, TritonOps.rotary]
+    assert how_known.kernels_of(Chooses, "rotary") == {"rotary_kernel"}
+    assert how_known.definitions(Chooses, "gated_act") == [Chooses.gated_act]
+    assert not how_known.kernels_of(Chooses, "gated_act")
+    assert how_known.definitions(Chooses, "embed") == [Chooses.embed]  # the reference is no way of its own
+    assert how_known.definitions(Backend, "rotary") == []
+    assert how_known.kernels_of(Chooses, "layer_norm") == {"rms_norm_kernel"}
 
 
 def test_every_kernel_that_is_compiled_belongs_to_an_operation_of_a_plugin(known):
@@ -53,8 +85,7 @@ def test_every_kernel_that_is_compiled_belongs_to_an_operation_of_a_plugin(known
         kernel
         for device in ("cuda", "rocm", "xpu")
         for operation in known.operations
-        if how_known.is_own(known.backends[device], operation)
-        for kernel in how_known.kernels_of(getattr(type(known.backends[device]), operation))
+        for kernel in how_known.kernels_of(type(known.backends[device]), operation)
     }
     assert set(known.compiled) <= found
 
