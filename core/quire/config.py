@@ -69,6 +69,9 @@ class EngineConfig:
     spare_process: bool = True  # keep a process that could become the engine, should it die
     plugins: tuple[str, ...] | None = None  # names of plugins to load; None: all
     log_format: LogFormat = "text"  # of an engine process of its own
+    cores: tuple[
+        int, ...
+    ] = ()  # of the host, that an engine process of its own is confined to; (): all that it may use
 
     def validate(self) -> None:
         """Raise ConfigError for a value no device could honour."""

@@ -101,6 +101,7 @@ class DeviceInfo:
     index: int
     name: str
     details: str = ""
+    threads: int = 0  # of the host, that it computes with by default: engines that share the host divide them
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class CpuBackend(Backend):
     def devices(self) -> list[DeviceInfo]:
         name, sets = memory.processor()
         cores = memory.cores()
-        return [DeviceInfo(0, name, f"{cores} core{'s' if cores != 1 else ''}; {' '.join(sets) or 'baseline'}")]
+        return [DeviceInfo(0, name, f"{cores} core{'s' if cores != 1 else ''}; {' '.join(sets) or 'baseline'}", cores)]
 
     def memory(self, index: int = 0) -> MemoryInfo:
         return memory.memory()

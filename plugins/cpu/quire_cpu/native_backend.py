@@ -56,7 +56,7 @@ class NativeCpuBackend(CpuBackend):
             details.append(f"huge pages: {'no' if pages == 'never' else 'yes'}")
         if nodes:
             details.append(f"memory nodes: {', '.join(map(str, nodes))}")
-        return [DeviceInfo(0, memory.processor()[0], "; ".join(details + memory.limits()))]
+        return [DeviceInfo(0, memory.processor()[0], "; ".join(details + memory.limits()), cores)]
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         Backend.open(self, index, options)

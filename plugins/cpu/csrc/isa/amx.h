@@ -13,8 +13,11 @@ namespace quire::QUIRE_ISA {
 
 // Not the compiler's own: GCC 12 does not say that these read memory, and drops or delays the stores before them.
 #undef _tile_loadd
-#define _tile_loadd(tile, base, stride)                                                              \
-    asm volatile("tileloadd (%0,%1,1), %%tmm" #tile ::"r"(static_cast<const void*>(base)), "r"(int64_t(stride)) : "memory")
+#undef _tile_stream_loadd
+#define QUIRE_TILE_LOAD(name, tile, base, stride)                                                               \
+    asm volatile(name " (%0,%1,1), %%tmm" #tile ::"r"(static_cast<const void*>(base)), "r"(int64_t(stride)) : "memory")
+#define _tile_loadd(tile, base, stride) QUIRE_TILE_LOAD("tileloadd", tile, base, stride)
+#define _tile_stream_loadd(tile, base, stride) QUIRE_TILE_LOAD("tileloaddt1", tile, base, stride)
 
 constexpr int tile_rows = 16;
 constexpr int tile_row_bytes = 64;

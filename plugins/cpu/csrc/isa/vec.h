@@ -13,6 +13,7 @@
 #endif
 
 #define QUIRE_INLINE static inline __attribute__((always_inline))
+#define QUIRE_MEMBER inline __attribute__((always_inline))
 
 namespace quire::QUIRE_ISA {
 struct half { uint16_t bits; };  // float16
