@@ -29,10 +29,16 @@ from quire_triton.kernels import (
     gated_act,
     layer_norm,
     linear,
+    logit_groups,
+    logit_peaks,
+    logit_sums,
     rms_norm,
     rotary,
+    sample,
+    sample_wide,
     write_kv,
 )
+from quire_triton.kernels import logprobs as logprobs_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -46,8 +52,11 @@ POINTERS = {
     "table_ptr": "*i32", "start_ptr": "*i32", "lens_ptr": "*i32", "tiles_ptr": "*i32", "pairs_ptr": "*i32",
     "slots_ptr": "*i64", "positions_ptr": "*i64", "part_ptr": "*fp32", "stats_ptr": "*fp32",
     "scales_ptr": "*fp32", "zeros_ptr": "*fp32", "key_scales_ptr": "*fp32", "value_scales_ptr": "*fp32",
+    "top_k_ptr": "*i32", "groups_ptr": "*i32", "found_ptr": "*i32", "bound_ptr": "*i32", "above_ptr": "*i32",
+    "chosen_ptr": "*i64", "ids_ptr": "*i64", "ranks_ptr": "*i64", "sums_ptr": "*i64", "uniform_ptr": "*fp64",
 }  # fmt: skip
 CODES = {"k_ptr", "v_ptr", "keys_ptr", "values_ptr"}  # of a cache in 8 bits
+TOKENS = {logit_groups.logit_groups_kernel, sample.sample_kernel, sample_wide.sample_wide_kernel}  # what they return
 SCALARS = {"factor": "fp32", "cap_in": "fp32", "eps": "fp32", "offset": "fp32"}
 ALIGNED = {"stride_x", "stride_page", "stride_slot", "source_side", "target_side"}
 
@@ -61,6 +70,8 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[
             types[name] = "constexpr"
         elif name == "table_ptr" and kernel is rotary.rotary_kernel:
             types[name] = "*fp32"
+        elif name == "out_ptr" and kernel in TOKENS:
+            types[name] = "*i64"
         elif name == "weight_ptr" and constants.get("BITS", 16) < 16:
             types[name] = "*u8"
         elif name in CODES and eight_bits and (name in ("keys_ptr", "values_ptr")) == ("FP8" in constants):
@@ -126,6 +137,7 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
     for kind in gated_act.ACTIVATIONS.values():
         yield f"act-{kind}", gated_act.gated_act_kernel, "bf16", dict(WIDTH=14336, BLOCK=1024, KIND=kind), 4, 2
     yield from caches(arch)
+    yield from sampling()
 
 
 def attention_constants(tile: configs.Tile, decode: bool, group: int = 4, **more: Any) -> dict[str, Any]:
@@ -169,6 +181,28 @@ def caches(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]
     write = dict(HKV=1, D=576, PAGE=64, BLOCK_R=1, BLOCK_D=1024, FP8=True, LATENT=True)
     yield "write-latent", write_kv.write_kv_eight_bits_kernel, "bf16", write, 4, 2
     yield "copy", copy_pages.copy_pages_kernel, "bf16", dict(PAGE=16384, BLOCK=4096), 8, 2
+
+
+def sampling() -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]:
+    """What draws tokens and tells their probabilities, of small and of the largest vocabularies."""
+    group, block, most = logit_peaks.GROUP, logit_peaks.BLOCK, logit_peaks.MOST
+    chunk = logit_peaks.CHUNK
+    yield "peaks", logit_peaks.logit_peaks_kernel, "fp32", dict(GROUP=group, GROUPS=chunk // group), 4, 2
+    for logprobs in (False, True):
+        constants = dict(BLOCK=block, BLOCKS=chunk // block, LOGPROBS=logprobs)
+        yield f"sums-{logprobs}", logit_sums.logit_sums_kernel, "fp32", constants, 4, 2
+        for peaks in (1024, 8192):
+            constants = dict(GROUP=group, BLOCK_P=peaks, MOST=most, GREEDY=False, CUT=True, LOGPROBS=logprobs)
+            yield f"groups-{logprobs}-{peaks}", logit_groups.logit_groups_kernel, "fp32", constants, 8, 2
+    greedy = dict(GROUP=group, BLOCK_P=8192, MOST=most, GREEDY=True, CUT=False, LOGPROBS=False)
+    yield "groups-greedy", logit_groups.logit_groups_kernel, "fp32", greedy, 8, 2
+    for cut in (False, True):
+        constants = dict(GROUP=group, BLOCK=block, BLOCK_B=512, MOST=most, CUT=cut)
+        yield f"sample-{cut}", sample.sample_kernel, "fp32", constants, 8, 2
+    yield "sample-wide", sample_wide.sample_wide_kernel, "fp32", dict(BLOCK=2 * block), 8, 2
+    for top, warps in ((0, 4), (32, 4), (256, 8)):
+        constants = dict(GROUP=group, BLOCK_B=512, MOST=most, TOP=top)
+        yield f"logprobs-{top}", logprobs_kernels.logprobs_kernel, "fp32", constants, warps, 2
 
 
 def ptxas(ptx: str, capability: int) -> tuple[int, int]:

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 import quire_triton
-from quire.hardware import AttentionBatch, AttentionSpec, Backend, DeviceOptions, KVSpec, NormSpec
+from quire.hardware import AttentionBatch, AttentionSpec, Backend, DeviceOptions, KVSpec, NormSpec, SamplingBatch
 
 log = logging.getLogger("quire.triton")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = (16, 256)
+MOST_TOKENS = 1 << 19
+"""The largest vocabulary whose sums of weights are exact: see ``quire.reference.sampling``."""
 LATENT_SIZES = frozenset({(576, 512)})
 """(channels of a key, those of them that are its value): DeepSeek-V2 and V3."""
 KV_DTYPES = frozenset({"float32", "bfloat16", "float16", "int8", "float8_e4m3fn"})
@@ -28,7 +30,7 @@ KV_DTYPES = frozenset({"float32", "bfloat16", "float16", "int8", "float8_e4m3fn"
 
 class TritonOps(Backend):
     """Attention, KV writes, norms, rotary, activations and page copies in Triton, on whatever device torch has Triton
-    for. Sampling and experts are the references'; so is linear (torch's own library), except where bits must not depend
+    for, and sampling. Experts are the references'; so is linear (torch's own library), except where bits must not depend
     on the batch."""
 
     without_kernels: str | None = "the device is not open"
@@ -100,6 +102,24 @@ class TritonOps(Backend):
         from quire_triton.kernels.linear import linear
 
         return linear(x, weight, bias, batch_invariant=True)
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+    def _samples(self, logits: Tensor) -> bool:
+        return self.without_kernels is None and logits.dtype == torch.float32 and logits.shape[1] <= MOST_TOKENS
+
+    def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
+        if not self._samples(logits):
+            return super().sample(logits, settings)
+        from quire_triton.kernels.sample import sample
+
+        return sample(logits, settings)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        from quire_triton.kernels.logprobs import MOST_LOGPROBS, logprobs
+
+        if not self._samples(logits) or min(count, logits.shape[1]) > MOST_LOGPROBS:
+            return super().logprobs(logits, chosen, count)
+        return logprobs(logits, chosen, count)
 
     # -- pointwise operations --------------------------------------------------------------------------------------
     def rms_norm(
