@@ -139,7 +139,9 @@ CACHE_FIELDS = {
 }  # fmt: skip
 
 
-SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SHORT_DTYPES = {
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn",
+}  # fmt: skip
 """Other spellings that ``kv_cache_dtype`` may have."""
 
 

@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 CONTRACT_VERSION = (1, 0)
 """(major, minor). A plugin built for another major, or for a later minor, is refused by name."""
 
-reference = LazyModules("quire.reference")
-"""The definitions: ``reference.ops`` and so on, imported (and torch with them) when first touched."""
+reference = LazyModules("quire.reference")  # the definitions, imported (and torch with them) when first touched
 
 hookspec, hookimpl = pluggy.HookspecMarker("quire"), pluggy.HookimplMarker("quire")
 
@@ -87,6 +86,7 @@ class Capabilities:
     kv_dtypes: frozenset[str] = frozenset({"float32"})
     page_sizes: frozenset[int] = frozenset({16})
     head_sizes: tuple[int, int] = (32, 256)  # smallest and largest; every multiple of 8 between
+    latent_sizes: frozenset[tuple[int, int]] = frozenset()  # of latent attention: channels of (a key, its value)
     quantization: frozenset[str] = frozenset()
     embed_formats: frozenset[str] = frozenset({"dense"})  # whose packed form embed() takes: a tied table is held once
     graphs: bool = False  # capture() returns a replayable step
@@ -277,8 +277,8 @@ class Backend:
         """Pools of ``pages[g]`` pages for each group, page 0 included; ``host``: in host memory, for swapped pages."""
         return reference.paged.allocate_kv(spec, pages, "cpu" if host else self.device)
 
-    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
-        """Store k, v [T, Hkv, D] at the batch's slots."""
+    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Any, batch: AttentionBatch) -> None:
+        """Store k, v [T, Hkv, D] at the batch's slots; v is None where attention is latent."""
         reference.paged.write_kv(kv, layer, k, v, batch)
 
     def copy_pages(self, source: Any, target: Any, group: int, pairs: Sequence[tuple[int, int]]) -> None:

@@ -29,9 +29,10 @@ class Host(Backend):
     capabilities = Capabilities(
         contract_version=(1, 0),
         dtypes=frozenset({"float32", "bfloat16"}),
-        kv_dtypes=frozenset({"float32", "bfloat16"}),
+        kv_dtypes=frozenset({"float32", "bfloat16", "int8", "float8_e4m3fn"}),
         page_sizes=frozenset({16, 32}),
         head_sizes=(32, 64),
+        latent_sizes=frozenset({(576, 512), (40, 16)}),
         quantization=frozenset({"int8", "int4"}),
         graphs=True,
         collectives=frozenset(COLLECTIVES),
@@ -120,6 +121,32 @@ class StalePlan(Host):
     def plan_attention(self, batch, spec, reuse=None):
         batch = dataclasses.replace(batch, context_lens_host=batch.context_lens_host.copy())
         return super().plan_attention(batch, spec)
+
+
+class OneScaleForAToken(Host):
+    """In 8 bits, the scale of the largest head of a token for all of them."""
+
+    def write_kv(self, kv, layer, k, v, batch):
+        super().write_kv(kv, layer, k, v, batch)
+        group, index = kv.place[layer]
+        if kv.scales[group] is not None:
+            slots, size = batch.slots[group], kv.pools[group].shape[3]
+            for side, x in enumerate((k,) if v is None else (k, v)):
+                codes, scales = paged.to_eight_bits(x.flatten(1), kv.pools[group].dtype)
+                kv.pools[group][index].view(torch.int8)[side].flatten(0, 1)[slots] = codes.view(torch.int8).view(
+                    x.shape
+                )
+                kv.scales[group][index, side, slots // size, :, slots % size] = scales[:, None]
+
+
+class LatentValuesAtTheEnd(Host):
+    """Takes the last channels of a latent key for its value."""
+
+    def attention(self, q, kv, layer, plan, spec, sinks=None):
+        if spec.value_dim is None:
+            return super().attention(q, kv, layer, plan, spec, sinks)
+        whole = dataclasses.replace(spec, value_dim=spec.head_dim)
+        return super().attention(q, kv, layer, plan, whole, sinks)[..., -spec.value_dim :]
 
 
 class WrongHead(Host):
@@ -284,6 +311,8 @@ CAUGHT_BY = {
     ReadsFreedPages: ("attention", "freed_pages_are_not_read"),
     BatchDependent: ("company", "linear"),
     StalePlan: ("graphs", "plans_are_brought_up_to_date"),
+    OneScaleForAToken: ("attention", "kv_dtypes_with_every_dtype"),
+    LatentValuesAtTheEnd: ("attention", "latent"),
     WrongHead: ("attention", "grouped_queries"),
     RotaryOffByOne: ("operations", "rotary"),
     IgnoresNoise: ("sampling", "the_noise_decides"),

@@ -29,10 +29,16 @@ from quire_triton.kernels import (
     gated_act,
     layer_norm,
     linear,
+    logit_groups,
+    logit_peaks,
+    logit_sums,
     rms_norm,
     rotary,
+    sample,
+    sample_wide,
     write_kv,
 )
+from quire_triton.kernels import logprobs as logprobs_kernels
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -45,8 +51,12 @@ MATRIX = r"wgmma\.mma_async|tcgen05\.mma|\bmma\.sync|v_mfma_|v_wmma_"
 POINTERS = {
     "table_ptr": "*i32", "start_ptr": "*i32", "lens_ptr": "*i32", "tiles_ptr": "*i32", "pairs_ptr": "*i32",
     "slots_ptr": "*i64", "positions_ptr": "*i64", "part_ptr": "*fp32", "stats_ptr": "*fp32",
-    "scales_ptr": "*fp32", "zeros_ptr": "*fp32",
+    "scales_ptr": "*fp32", "zeros_ptr": "*fp32", "key_scales_ptr": "*fp32", "value_scales_ptr": "*fp32",
+    "top_k_ptr": "*i32", "groups_ptr": "*i32", "found_ptr": "*i32", "bound_ptr": "*i32", "above_ptr": "*i32",
+    "chosen_ptr": "*i64", "ids_ptr": "*i64", "ranks_ptr": "*i64", "sums_ptr": "*i64", "uniform_ptr": "*fp64",
 }  # fmt: skip
+CODES = {"k_ptr", "v_ptr", "keys_ptr", "values_ptr"}  # of a cache in 8 bits
+TOKENS = {logit_groups.logit_groups_kernel, sample.sample_kernel, sample_wide.sample_wide_kernel}  # what they return
 SCALARS = {"factor": "fp32", "cap_in": "fp32", "eps": "fp32", "offset": "fp32"}
 ALIGNED = {"stride_x", "stride_page", "stride_slot", "source_side", "target_side"}
 
@@ -54,13 +64,18 @@ ALIGNED = {"stride_x", "stride_page", "stride_slot", "source_side", "target_side
 def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> tuple[dict[str, str], dict[tuple, list]]:
     """The types of a kernel's arguments, and which of them Triton may take for multiples of 16."""
     types: dict[str, str] = {}
+    eight_bits = constants.get("EIGHT_BITS") or "FP8" in constants
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
         elif name == "table_ptr" and kernel is rotary.rotary_kernel:
             types[name] = "*fp32"
+        elif name == "out_ptr" and kernel in TOKENS:
+            types[name] = "*i64"
         elif name == "weight_ptr" and constants.get("BITS", 16) < 16:
             types[name] = "*u8"
+        elif name in CODES and eight_bits and (name in ("keys_ptr", "values_ptr")) == ("FP8" in constants):
+            types[name] = "*i8"
         elif name in POINTERS:
             types[name] = POINTERS[name]
         elif name.endswith(("_ptr", "_out")):
@@ -82,11 +97,17 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
                     extras += [(True, True, True, 64)]
                 for window, cap, sinks, page in extras:
                     tile = configs.attention(arch, 4 if dtype == "fp32" else 2, dim, decode, 4)
-                    constants = dict(
-                        HQ=32, GROUP=4, D=dim, BLOCK_D=dim, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
-                        BLOCK_Q=1 if decode else tile.rows // 4, PAGE=page, WINDOW=window, CAP=cap, SINKS=sinks,
-                        TILES=not decode, SPLIT=decode, DOT=dots[dtype],
-                    )  # fmt: skip
+                    constants = attention_constants(
+                        tile,
+                        decode,
+                        D=dim,
+                        BLOCK_D=dim,
+                        PAGE=page,
+                        WINDOW=window,
+                        CAP=cap,
+                        SINKS=sinks,
+                        DOT=dots[dtype],
+                    )
                     name = f"{'decode' if decode else 'prefill'}-{dtype}-{dim}{'-window-cap-sinks' if window else ''}"
                     yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
     yield (
@@ -115,8 +136,73 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
         yield f"rotary-{turned}", rotary.rotary_kernel, "bf16", constants, 2, 2
     for kind in gated_act.ACTIVATIONS.values():
         yield f"act-{kind}", gated_act.gated_act_kernel, "bf16", dict(WIDTH=14336, BLOCK=1024, KIND=kind), 4, 2
-    yield "write", write_kv.write_kv_kernel, "bf16", dict(WIDTH=1024, BLOCK_T=1, BLOCK=1024), 4, 2
+    yield from caches(arch)
+    yield from sampling()
+
+
+def attention_constants(tile: configs.Tile, decode: bool, group: int = 4, **more: Any) -> dict[str, Any]:
+    """attention_kernel's, of 32 query heads with keys and values apart in 16 bits unless ``more`` says otherwise."""
+    return dict(
+        HQ=32, GROUP=group, REST=0, BLOCK_R=0, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
+        BLOCK_Q=1 if decode else max(1, tile.rows // group), WINDOW=False, CAP=False, SINKS=False, EIGHT_BITS=0,
+        TILES=not decode, SPLIT=decode, DOT=tl.bfloat16,
+    ) | dict(PAGE=16) | more  # fmt: skip
+
+
+def caches(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]:
+    """Caches in 8 bits, latent ones, and what writes and copies them."""
+    for bits, dim, page in (("fp8", 64, 16), ("fp8", 128, 256), ("fp8", 256, 16), ("int8", 128, 16)):
+        for decode in (False, True):
+            tile = configs.attention(arch, 2, dim, decode, 4)
+            constants = attention_constants(
+                tile, decode, D=dim, BLOCK_D=dim, EIGHT_BITS=2 if bits == "fp8" else 1, PAGE=page
+            )
+            name = f"{'decode' if decode else 'prefill'}-{bits}-{dim}"
+            yield name, attention.attention_kernel, "bf16", constants, tile.warps, tile.stages
+    for heads, eight_bits, dtype, page in (
+        (128, 0, "bf16", 64),
+        (16, 0, "bf16", 16),
+        (128, 2, "bf16", 64),
+        (16, 0, "fp32", 16),
+    ):
+        for decode in (False, True):
+            tile = configs.latent(arch, 4 if dtype == "fp32" else 2, decode, heads)
+            constants = attention_constants(
+                tile, decode, heads, HQ=heads, D=512, BLOCK_D=512, REST=64, BLOCK_R=64, EIGHT_BITS=eight_bits, PAGE=page,
+                DOT=tl.float32 if dtype == "fp32" else tl.bfloat16,
+            )  # fmt: skip
+            name = f"latent-{'decode' if decode else 'prefill'}-{'fp8' if eight_bits else dtype}-{heads}"
+            yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
+    write = dict(WIDTH=1024, BLOCK_T=1, BLOCK=1024, LATENT=False)
+    yield "write", write_kv.write_kv_kernel, "bf16", write, 4, 2
+    for fp8 in (False, True):
+        write = dict(HKV=8, D=128, PAGE=16, BLOCK_R=8, BLOCK_D=128, FP8=fp8, LATENT=False)
+        yield f"write-{'fp8' if fp8 else 'int8'}", write_kv.write_kv_eight_bits_kernel, "bf16", write, 4, 2
+    write = dict(HKV=1, D=576, PAGE=64, BLOCK_R=1, BLOCK_D=1024, FP8=True, LATENT=True)
+    yield "write-latent", write_kv.write_kv_eight_bits_kernel, "bf16", write, 4, 2
     yield "copy", copy_pages.copy_pages_kernel, "bf16", dict(PAGE=16384, BLOCK=4096), 8, 2
+
+
+def sampling() -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]:
+    """What draws tokens and tells their probabilities, of small and of the largest vocabularies."""
+    group, block, most = logit_peaks.GROUP, logit_peaks.BLOCK, logit_peaks.MOST
+    chunk = logit_peaks.CHUNK
+    yield "peaks", logit_peaks.logit_peaks_kernel, "fp32", dict(GROUP=group, GROUPS=chunk // group), 4, 2
+    for logprobs in (False, True):
+        constants = dict(BLOCK=block, BLOCKS=chunk // block, LOGPROBS=logprobs)
+        yield f"sums-{logprobs}", logit_sums.logit_sums_kernel, "fp32", constants, 4, 2
+        for peaks in (1024, 8192):
+            constants = dict(GROUP=group, BLOCK_P=peaks, MOST=most, GREEDY=False, CUT=True, LOGPROBS=logprobs)
+            yield f"groups-{logprobs}-{peaks}", logit_groups.logit_groups_kernel, "fp32", constants, 8, 2
+    greedy = dict(GROUP=group, BLOCK_P=8192, MOST=most, GREEDY=True, CUT=False, LOGPROBS=False)
+    yield "groups-greedy", logit_groups.logit_groups_kernel, "fp32", greedy, 8, 2
+    for cut in (False, True):
+        constants = dict(GROUP=group, BLOCK=block, BLOCK_B=512, MOST=most, CUT=cut)
+        yield f"sample-{cut}", sample.sample_kernel, "fp32", constants, 8, 2
+    yield "sample-wide", sample_wide.sample_wide_kernel, "fp32", dict(BLOCK=2 * block), 8, 2
+    for top, warps in ((0, 4), (32, 4), (256, 8)):
+        constants = dict(GROUP=group, BLOCK_B=512, MOST=most, TOP=top)
+        yield f"logprobs-{top}", logprobs_kernels.logprobs_kernel, "fp32", constants, warps, 2
 
 
 def ptxas(ptx: str, capability: int) -> tuple[int, int]:
@@ -156,7 +242,7 @@ def compile_one(arch: str, case: tuple[str, Any, str, dict[str, Any], int, int])
     print(arch, name, built.metadata.shared, spills, registers, file=sys.stderr, flush=True)
     return {
         "kernel": kernel.__name__, "name": name, "shared": built.metadata.shared, "spills": spills,
-        "registers": registers, "matrix": sorted(set(re.findall(MATRIX, text))),
+        "registers": registers, "matrix": sorted(set(re.findall(MATRIX, text))), "rows": constants.get("BLOCK_M"),
     }  # fmt: skip
 
 

@@ -55,6 +55,16 @@ def test_pointwise_operations_of_the_kit(tmp_path):
     assert len(kit(tmp_path, "operations", POINTWISE)) >= 40
 
 
+def test_latent_attention_and_sampling_of_the_kit(tmp_path):
+    keyword = "latent and (-16 or float8) or logprobs and 1000-0 or noise or greedy or masked or minus_one or no_rows"
+    assert len(kit(tmp_path, "attention,sampling", keyword)) >= 9
+
+
+@pytest.mark.exhaustive
+def test_all_of_sampling(tmp_path):
+    assert len(kit(tmp_path, "sampling", "")) >= 35
+
+
 @pytest.mark.exhaustive
 def test_all_bits_do_not_depend_on_company(tmp_path):
     assert len(kit(tmp_path, "company", "gated_act or linear and 24 and bfloat16")) >= 2  # half an hour for all
@@ -65,8 +75,9 @@ def test_all_of_the_kit(tmp_path):
     assert len(kit(tmp_path, "attention,pages,operations,memory", "not 50257")) >= 100
 
 
-def test_cases_of_our_own():
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", "tests/triton/interpreted_cases.py"]
+@pytest.mark.parametrize("cases", ["cases", "caches", "sampling"])
+def test_cases_of_our_own(cases):
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", f"tests/triton/interpreted_{cases}.py"]
     result = subprocess.run(
         command, cwd=ROOT, env=environment(interpret=True), capture_output=True, text=True, timeout=280
     )

@@ -49,7 +49,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache-dtype",
         default="auto",
-        help="auto (the model's), bf16, fp16, fp32 or int8 (a scale for each token and head), as the device has them",
+        help="auto (the model's), bf16, fp16, fp32, or fp8 or int8 (a scale for each token and head), as the device has them",
     )
     group.add_argument("--block-size", type=int, default=16, help="tokens in a page (default: 16)")
     group.add_argument(

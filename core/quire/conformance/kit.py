@@ -20,8 +20,10 @@ from quire.quantization import FORMATS
 
 FOLDER = Path(__file__).parent
 DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = (*DTYPES, "int8", "float8_e4m3fn")
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
 HEAD_SIZES = (32, 64, 80, 96, 128, 256)
+LATENT_SIZES = ((576, 512),)
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "recv", "barrier")
 NOTED = (*OPERATIONS, "capture")
 SCHEMA = 1
@@ -161,9 +163,13 @@ class Kit:
         low, high = capabilities.head_sizes
         known: dict[str, tuple[Sequence[Any], Callable[[Any], bool]]] = {
             "dtype": (DTYPES, lambda d: d in capabilities.dtypes),
-            "kv_dtype": (sorted({*DTYPES, *capabilities.kv_dtypes}), lambda d: d in capabilities.kv_dtypes),
+            "kv_dtype": (sorted({*KV_DTYPES, *capabilities.kv_dtypes}), lambda d: d in capabilities.kv_dtypes),
             "page_size": (sorted({*PAGE_SIZES, *capabilities.page_sizes}), lambda p: p in capabilities.page_sizes),
             "head_size": (sorted({*HEAD_SIZES, low, high}), lambda h: low <= h <= high),
+            "latent_size": (
+                sorted({*LATENT_SIZES, *capabilities.latent_sizes}),
+                lambda s: s in capabilities.latent_sizes,
+            ),
             "quantization": (sorted(FORMATS), lambda q: q in capabilities.quantization),
             "embed_format": (("dense", *sorted(FORMATS)), lambda f: f in capabilities.embed_formats),
             "collective": (COLLECTIVES, lambda c: c in capabilities.collectives),

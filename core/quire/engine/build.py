@@ -219,7 +219,11 @@ def _check_cache(backend: Backend, block_size: int, kv_dtype: str, spec: ModelSp
         raise UnsupportedOnDevice(backend.name, f"--kv-cache-dtype {kv_dtype}", "not a KV cache dtype here", kinds)
     low, high = able.head_sizes
     for layer in spec.layers:
-        if not low <= layer.attention.head_dim <= high:
-            raise UnsupportedOnDevice(
-                backend.name, f"head size {layer.attention.head_dim}", f"its kernels take {low} to {high}"
-            )
+        key, value = layer.attention.head_dim, layer.attention.value_dim
+        if value is not None:
+            if (key, value) not in able.latent_sizes:
+                known = ", ".join(f"{k} and {v}" for k, v in sorted(able.latent_sizes)) or "none"
+                operation = f"latent attention of {key} and {value} channels"
+                raise UnsupportedOnDevice(backend.name, operation, f"its kernels take {known}", ["another device"])
+        elif not low <= key <= high:
+            raise UnsupportedOnDevice(backend.name, f"head size {key}", f"its kernels take {low} to {high}")

@@ -8,6 +8,7 @@ import torch
 
 from quire.hardware import Capabilities, DeviceUnavailable
 from quire_cuda.attention import FLASHINFER, TABLE, VARLEN, FlashInfer, TorchVarlen
+from quire_triton.backend import KV_DTYPES, LATENT_SIZES
 from quire_triton.choice import TRITON
 from quire_triton.gpu import GpuBackend
 
@@ -29,7 +30,8 @@ class CudaBackend(GpuBackend):
     capabilities = Capabilities(
         contract_version=(1, 0),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
-        kv_dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        kv_dtypes=KV_DTYPES,
+        latent_sizes=LATENT_SIZES,
         page_sizes=frozenset({16, 32, 64, 128, 256}),
         attention_backends=frozenset({TRITON, FLASHINFER, VARLEN}),
         graphs=True,

@@ -15,16 +15,22 @@ import torch
 from torch import Tensor
 
 import quire_triton
-from quire.hardware import AttentionBatch, AttentionSpec, Backend, DeviceOptions, KVSpec, NormSpec
+from quire.hardware import AttentionBatch, AttentionSpec, Backend, DeviceOptions, KVSpec, NormSpec, SamplingBatch
 
 log = logging.getLogger("quire.triton")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = (16, 256)
+MOST_TOKENS = 1 << 19
+"""The largest vocabulary whose sums of weights are exact: see ``quire.reference.sampling``."""
+LATENT_SIZES = frozenset({(576, 512)})
+"""(channels of a key, those of them that are its value): DeepSeek-V2 and V3."""
+KV_DTYPES = frozenset({"float32", "bfloat16", "float16", "int8", "float8_e4m3fn"})
+"""What pages may hold. A code of fp8 is made and read by arithmetic, so that it is the same on every architecture."""
 
 
 class TritonOps(Backend):
     """Attention, KV writes, norms, rotary, activations and page copies in Triton, on whatever device torch has Triton
-    for. Sampling and experts are the references'; so is linear (torch's own library), except where bits must not depend
+    for, and sampling. Experts are the references'; so is linear (torch's own library), except where bits must not depend
     on the batch."""
 
     without_kernels: str | None = "the device is not open"
@@ -41,26 +47,30 @@ class TritonOps(Backend):
         return self.without_kernels is None and x.dtype in FLOATS
 
     # -- paged KV --------------------------------------------------------------------------------------------------
-    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
+    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Tensor | None, batch: AttentionBatch) -> None:
         if not self._kernels_take(k):
             return super().write_kv(kv, layer, k, v, batch)
         from quire_triton.kernels.write_kv import write_kv
 
         group, index = kv.place[layer]
-        write_kv(kv.pools[group][index], k, v, batch.slots[group])
+        scales = kv.scales[group]
+        write_kv(kv.pools[group][index], None if scales is None else scales[index], k, v, batch.slots[group])
         return None
 
     def copy_pages(self, source: Any, target: Any, group: int, pairs: Sequence[tuple[int, int]]) -> None:
         a, b = source.pools[group], target.pools[group]
         # The kernel reads and writes in no order, so what is both read and written goes through the reference.
         apart = source is not target or not {x for x, _ in pairs} & {y for _, y in pairs}
-        if not (pairs and apart and self._kernels_take(a) and a.device == b.device == self.device):
+        here = a.dtype == b.dtype and a.device == b.device == self.device
+        if not (pairs and apart and here and self.without_kernels is None):
             return super().copy_pages(source, target, group, pairs)
         from quire_triton.kernels.copy_pages import copy_pages
 
-        if a.dtype != b.dtype:
-            return super().copy_pages(source, target, group, pairs)
-        copy_pages(a, b, self.to_device(np.asarray(pairs, dtype=np.int32)))
+        there = self.to_device(np.asarray(pairs, dtype=np.int32))
+        copy_pages(a, b, there)
+        scales = source.scales[group], target.scales[group]
+        if scales[0] is not None and scales[1] is not None:
+            copy_pages(*scales, there)
         return None
 
     def plan_attention(self, batch: AttentionBatch, spec: KVSpec, reuse: Any = None) -> Any:
@@ -71,15 +81,20 @@ class TritonOps(Backend):
         return Plan(batch, spec, self.to_device) if reuse is None else reuse.update(batch, spec)
 
     def attention(self, q: Tensor, kv: Any, layer: int, plan: Any, spec: AttentionSpec, sinks: Any = None) -> Tensor:
-        if not (self._kernels_take(q) and HEAD_DIM[0] <= spec.head_dim <= HEAD_DIM[1]):
+        if spec.value_dim is None:
+            known = HEAD_DIM[0] <= spec.head_dim <= HEAD_DIM[1]
+        else:
+            known = (spec.head_dim, spec.value_dim) in LATENT_SIZES and spec.kv_heads == 1
+        if not (known and self._kernels_take(q)):
             return super().attention(q, kv, layer, plan, spec, sinks)
         if not len(q):
-            return torch.empty_like(q)
+            return q.new_empty((0, spec.heads, spec.value_dim or spec.head_dim))
         from quire_triton.attention import attention
 
         group, index = kv.place[layer]
-        invariant = self.options.batch_invariant
-        return attention(q, kv.pools[group][index], group, plan, spec, sinks, invariant)
+        pool, scales = kv.pools[group][index], kv.scales[group]
+        own = None if scales is None else scales[index]
+        return attention(q, pool, own, group, plan, spec, sinks, self.options.batch_invariant)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         if not (self.options.batch_invariant and self._kernels_take(x)):
@@ -87,6 +102,24 @@ class TritonOps(Backend):
         from quire_triton.kernels.linear import linear
 
         return linear(x, weight, bias, batch_invariant=True)
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+    def _samples(self, logits: Tensor) -> bool:
+        return self.without_kernels is None and logits.dtype == torch.float32 and logits.shape[1] <= MOST_TOKENS
+
+    def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
+        if not self._samples(logits):
+            return super().sample(logits, settings)
+        from quire_triton.kernels.sample import sample
+
+        return sample(logits, settings)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        from quire_triton.kernels.logprobs import MOST_LOGPROBS, logprobs
+
+        if not self._samples(logits) or min(count, logits.shape[1]) > MOST_LOGPROBS:
+            return super().logprobs(logits, chosen, count)
+        return logprobs(logits, chosen, count)
 
     # -- pointwise operations --------------------------------------------------------------------------------------
     def rms_norm(

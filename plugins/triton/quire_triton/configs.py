@@ -83,6 +83,17 @@ _DECODE: dict[str, dict[int, Tile]] = {
     "other": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
 }
 _SAME_AS = {"sm_89": "sm_86", "sm_120": "sm_86", "gfx90a": "gfx942", "gfx950": "gfx942"}
+# Latent attention's, 576 channels of which 512 are values: architecture -> (prompts, decode).
+_LATENT: dict[str, tuple[Tile, Tile]] = {
+    "sm_80": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+    "sm_86": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "sm_90": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    "sm_100": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    "gfx942": (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+    "gfx1100": (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    "other": (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+_LATENT_FLOAT32 = Tile(16, 16, 8, 1)
 # Products of float32 are not tensor-core products: one small tile does everywhere.
 _PREFILL_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
 _DECODE_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
@@ -145,6 +156,13 @@ def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int 
                 rows *= 2
             return Tile(rows, tile.keys, tile.warps, tile.stages)
     raise ValueError(f"head_dim is {head_dim}; the attention kernel goes to 256")
+
+
+def latent(arch: str, itemsize: int, decode: bool, group: int) -> Tile:
+    """The tile of latent attention for queries of ``itemsize`` bytes, with no more rows than ``group`` heads need."""
+    tile = _LATENT_FLOAT32 if itemsize > 2 else _LATENT[_SAME_AS.get(arch, arch)][decode]
+    rows = max(16, 1 << (group - 1).bit_length())
+    return replace(tile, rows=min(tile.rows, rows)) if decode else tile
 
 
 def splits(arch_processors: int, programs: int) -> int:

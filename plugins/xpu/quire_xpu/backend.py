@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.hardware import AttentionBatch, Capabilities, DeviceOptions, NormSpec
+from quire_triton.backend import KV_DTYPES, LATENT_SIZES
 from quire_triton.choice import TRITON
 from quire_triton.gpu import GpuBackend
 from quire_xpu import ipex
@@ -30,7 +31,8 @@ class XpuBackend(GpuBackend):
     capabilities = Capabilities(
         contract_version=(1, 0),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
-        kv_dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        kv_dtypes=KV_DTYPES,
+        latent_sizes=LATENT_SIZES,
         page_sizes=frozenset({16, 32, 64, 128, 256}),
         attention_backends=frozenset({TRITON, IPEX}),
         priority=10,
