@@ -88,9 +88,12 @@ class Capabilities:
     head_sizes: tuple[int, int] = (32, 256)  # smallest and largest; every multiple of 8 between
     latent_sizes: frozenset[tuple[int, int]] = frozenset()  # of latent attention: channels of (a key, its value)
     quantization: frozenset[str] = frozenset()
+    embed_formats: frozenset[str] = frozenset({"dense"})  # whose packed form embed() takes: a tied table is held once
     graphs: bool = False  # capture() returns a replayable step
     collectives: frozenset[str] = frozenset()  # names of Communicator methods
     batch_invariant: bool = False  # bits do not depend on what else is in the batch
+    isas: tuple[str, ...] = ()  # instruction sets that DeviceOptions.isa may name, the best (the default) last
+    attention_backends: frozenset[str] = frozenset()  # what --attention-backend may name here, in capitals
     priority: int = 0  # `--device auto` takes the usable device with the highest; below 0: never
 
 
@@ -99,6 +102,7 @@ class DeviceInfo:
     index: int
     name: str
     details: str = ""
+    threads: int = 0  # of the host, that it computes with by default: engines that share the host divide them
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,8 @@ class DeviceOptions:
 
     threads: int | None = None
     batch_invariant: bool = False
+    isa: str | None = None  # None: the best; Backend.open refuses what capabilities.isas does not name
+    attention_backend: str | None = None  # a name of Capabilities.attention_backends; None: the device chooses
 
 
 @dataclass
@@ -215,7 +221,18 @@ class Backend:
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         """Take device ``index``; called once, before any operation below."""
+        if options.isa is not None and options.isa not in self.capabilities.isas:
+            usable = [f"--isa {name}" for name in self.capabilities.isas] or ["no --isa"]
+            raise UnsupportedOnDevice(self.name, f"--isa {options.isa}", "no such instruction set here", usable)
         self.device_index, self.options = index, options
+        wanted, offered = options.attention_backend, sorted(self.capabilities.attention_backends)
+        if wanted is not None and wanted.upper() not in offered:
+            reason = f"it offers {', '.join(offered)}" if offered else "it has one implementation of its own"
+            raise UnsupportedOnDevice(self.name, f"--attention-backend {wanted}", reason, ["leave the flag out"])
+
+    def notes(self) -> list[str]:
+        """A line each on what an opened device has chosen, and what it cannot use and why; ``quire doctor`` shows them."""
+        return []
 
     @property
     def device(self) -> torch.device:
@@ -232,6 +249,10 @@ class Backend:
 
     def synchronize(self) -> None:
         """Return when everything queued is done."""
+
+    def peak_memory(self, fn: Callable[[], Any]) -> int | None:
+        """Run ``fn``: the most bytes it took at once beyond what was held; None, without running it: it cannot be told."""
+        return None
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """A copy of a host array, ordered before what is queued next; the caller may write to its array at once."""
@@ -282,7 +303,7 @@ class Backend:
         return reference.ops.linear(x, weight, bias)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        """Rows of table [V, hidden] for ids int64 [T]."""
+        """Rows of table [V, hidden] for ids int64 [T]; of a packed one, if its format is among ``embed_formats``."""
         return reference.ops.embed(ids, table)
 
     def rms_norm(

@@ -131,6 +131,7 @@ class Kit:
                 lambda s: s in capabilities.latent_sizes,
             ),
             "quantization": (sorted(FORMATS), lambda q: q in capabilities.quantization),
+            "embed_format": (("dense", *sorted(FORMATS)), lambda f: f in capabilities.embed_formats),
             "collective": (COLLECTIVES, lambda c: c in capabilities.collectives),
         }
         for name, (values, declared) in known.items():

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
-from quire.engine.memory import MemoryPlan, plan_memory
+from quire.engine.memory import MemoryPlan, capture_bytes, plan_memory
 from quire.errors import ConfigError, UnsupportedOnDevice
-from quire.hardware import Backend, DeviceOptions
+from quire.hardware import Backend, DeviceOptions, MemoryInfo
 from quire.models.config import read_config
 from quire.models.family import find_family
 from quire.plugins import Registry, load, native
 from quire.quantization import FORMATS, HEAD
 from quire.scheduler.scheduler import Scheduler
-from quire.spec import ModelSpec, kv_spec
+from quire.spec import KVSpec, ModelSpec, kv_spec
 from quire.weights.checkpoint import weight_bytes
 from quire.weights.resolve import resolve_model
 
 if TYPE_CHECKING:
+    from quire.layers.decoder import Decoder
     from quire.sampling.grammar import GrammarCompiler
     from quire.text.tokenizer import Tokenizer
 
@@ -44,9 +46,32 @@ class Engine:
         self.core.close()
 
 
-def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engine:
-    """Load the model on the device. Raises UserError subclasses, before loading whatever can be known before."""
-    registry = registry or load(config.plugins)
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a model on its device before anything is loaded. Sizes in bytes; ``page_bytes`` per KV group."""
+
+    config: EngineConfig
+    folder: Path
+    spec: ModelSpec
+    maps: Any  # which tensors of the checkpoint make which weights
+    backend: Backend
+    device: str
+    dtype: str
+    kv: KVSpec
+    weights: int
+    page_bytes: tuple[int, ...]
+    memory: MemoryInfo
+
+    def plan(self, config: EngineConfig, measured: int | None = None, longest: int | None = None) -> MemoryPlan:
+        """How ``config`` divides the memory; the others as in ``plan_memory``. Raises DoesNotFit."""
+        plan = plan_memory(
+            config, self.spec, self.kv, self.page_bytes, self.weights, self.dtype, self.memory, measured, longest
+        )
+        return replace(plan, device=self.device)
+
+
+def survey(config: EngineConfig, registry: Registry) -> Survey:
+    """Open the device and read the checkpoint's headers. Raises UserError subclasses."""
     folder = resolve_model(config.model, registry.checkpoints, config.revision)
     hf_config = read_config(folder, dict(config.hf_overrides))
     family = find_family(registry.models, hf_config)
@@ -63,30 +88,53 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
         )
     kv = kv_spec(spec, kv_dtype, config.cache.block_size, config.scheduler.max_model_len or None)
     maps = family.weights(hf_config)
-    memory = plan_memory(
-        config, spec, kv, [backend.page_bytes(group) for group in kv.groups],
-        weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings), dtype, backend.memory(config.device_index),
-    )  # fmt: skip
-    memory = replace(memory, device=device)
-    scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
-    cache_config = replace(config.cache, num_pages=memory.pages, num_host_pages=memory.host_pages)
+    weights = weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings, backend.capabilities.embed_formats)
+    page_bytes = tuple(backend.page_bytes(group) for group in kv.groups)
+    memory = backend.memory(config.device_index)
+    return Survey(config, folder, spec, maps, backend, device, dtype, kv, weights, page_bytes, memory)
+
+
+def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engine:
+    """Load the model on the device. Raises UserError subclasses, before loading whatever can be known before."""
+    found = survey(config, registry or load(config.plugins))
+    spec, backend, dtype, kv, maps = found.spec, found.backend, found.dtype, found.kv, found.maps
+    memory = found.plan(config)
     from quire.engine.runner import Runner
     from quire.layers.decoder import Decoder
     from quire.weights.load import load_weights
 
     weights = load_weights(
-        folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed,
+        found.folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed,
         quantization=config.quantization,
     )  # fmt: skip
+    model = Decoder(spec, weights, backend)
+    memory = _measured(found, memory, model, config)
+    scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
+    cache_config = replace(config.cache, num_pages=memory.pages, num_host_pages=memory.host_pages)
     compiler = _grammar_compiler(config, spec)
     runner = Runner(
-        backend, Decoder(spec, weights, backend), kv, memory.pages, memory.host_pages, scheduler_config.max_num_seqs,
+        backend, model, kv, memory.pages, memory.host_pages, scheduler_config.max_num_seqs,
         memory.max_model_len, capture=not config.enforce_eager, compiler=compiler,
     )  # fmt: skip
     scheduler = Scheduler(scheduler_config, cache_config, kv)
     core = EngineCore(scheduler, runner.run, overlap=scheduler_config.async_scheduling)
+    runner.launched = core.launched
     resolved = replace(config, scheduler=scheduler_config, cache=cache_config)
-    return Engine(core, resolved, spec, memory, backend, device, dtype, compiler)
+    return Engine(core, resolved, spec, memory, backend, found.device, dtype, compiler)
+
+
+def _measured(found: Survey, memory: MemoryPlan, model: Decoder, config: EngineConfig) -> MemoryPlan:
+    """The plan made again with what one step was seen to take; the same one where the device cannot tell."""
+    from quire.engine.graphs import LARGEST_BUCKET, bucket_sizes
+    from quire.engine.measure import measure_step
+
+    taken = measure_step(found.backend, model, found.kv, config.scheduler, memory.max_model_len)
+    if taken is None:
+        return memory
+    if found.backend.capabilities.graphs and not config.enforce_eager:
+        sizes = bucket_sizes(min(config.scheduler.max_num_seqs, LARGEST_BUCKET))
+        taken += capture_bytes(found.spec, found.dtype, sizes)
+    return found.plan(config, measured=taken, longest=memory.max_model_len)
 
 
 def _grammar_compiler(config: EngineConfig, spec: ModelSpec) -> GrammarCompiler | None:
@@ -112,7 +160,13 @@ def _open(backend: Backend, config: EngineConfig) -> str:
     missing = [name for name, own in native(backend).items() if not own]
     if missing:
         logger.info("%s computes these by the reference: %s", backend.name, ", ".join(missing))
-    backend.open(config.device_index, DeviceOptions(threads=config.threads, batch_invariant=config.batch_invariant))
+    options = DeviceOptions(
+        threads=config.threads,
+        isa=config.isa,
+        batch_invariant=config.batch_invariant,
+        attention_backend=config.attention_backend,
+    )
+    backend.open(config.device_index, options)
     if config.batch_invariant and not backend.capabilities.batch_invariant:
         raise UnsupportedOnDevice(
             backend.name,
@@ -120,6 +174,8 @@ def _open(backend: Backend, config: EngineConfig) -> str:
             "its kernels' bits depend on the batch",
             ["another device", "leave the flag out"],
         )
+    for note in backend.notes():
+        logger.info("%s: %s", backend.name, note)
     found = devices[config.device_index]
     label = backend.name if len(devices) == 1 else f"{backend.name}:{config.device_index}"
     return f"{label} ({found.name}{', ' + found.details if found.details else ''})"
