@@ -216,4 +216,4 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor 
         weights = torch.cat((scores, extra), dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    return torch.einsum("kgtl,lkd->tkgd", weights, v).reshape(t, heads, -1)
+    return torch.einsum("kgtl,lkd->tkgd", weights, v).reshape(t, heads, v.shape[-1])

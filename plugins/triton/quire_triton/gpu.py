@@ -294,7 +294,7 @@ class GpuBackend(TritonOps):
             (low, high), (least, most) = have.head_sizes, forced.head_sizes
             self.capabilities = dataclasses.replace(
                 have, dtypes=have.dtypes & forced.dtypes, kv_dtypes=have.kv_dtypes & forced.dtypes, page_sizes=sizes,
-                head_sizes=(max(low, least), min(high, most)),
+                head_sizes=(max(low, least), min(high, most)), latent_sizes=frozenset(),
             )  # fmt: skip
 
     def _asked(self, decode: bool) -> list[str]:
