@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import how_known  # noqa: E402
 
+sys.path.remove(str(ROOT / "docs"))  # demo/ has a generate.py, too
+
 
 @pytest.fixture(scope="module")
 def known():
