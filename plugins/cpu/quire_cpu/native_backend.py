@@ -31,7 +31,7 @@ from quire_cpu import native_attention as attention
 from quire_cpu.backend import CpuBackend
 from quire_cpu.native_capture import capture
 
-FORMATS = reference.quantize.FORMATS
+FORMATS = {name: format for name, format in reference.quantize.FORMATS.items() if not format.inputs}
 
 
 class NativeCpuBackend(CpuBackend):

@@ -22,6 +22,7 @@ class XpuBackend(GpuBackend):
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
         kv_dtypes=frozenset({"float32", "bfloat16", "float16"}),
         page_sizes=frozenset({16, 32, 64, 128, 256}),
+        quantization=frozenset({"int8", "int4", "int4-64", "int4-128"}),
         priority=10,
     )
 
