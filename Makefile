@@ -14,7 +14,7 @@ TORCH      = $(or $(TORCH_$(DEVICE)),torch>=2.11)
 # The library that the GPU plugins share.
 KERNELS = $(if $(filter cuda rocm xpu,$(DEVICE)),-e ./plugins/triton)
 
-.PHONY: help install install-test serve test unit lint types docs clean
+.PHONY: help install install-test serve test unit sanitize lint types docs clean
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
@@ -44,10 +44,16 @@ install-test: $(VENV)/.installed-test
 serve: install
 	$(BIN)/quire serve $(MODEL) --device $(DEVICE) --port $(PORT)
 
-test: install-test lint types unit
+test: install-test lint types unit sanitize
 
 unit: install-test
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+
+# The CPU's kernels under the address and undefined-behaviour sanitizers, built in build/sanitize.
+sanitize: install-test
+	@$(BIN)/python -c 'import nanobind' 2>/dev/null || $(BIN)/python -m pip install --quiet "nanobind>=2.4"
+	@command -v cmake >/dev/null || test -x $(BIN)/cmake || $(BIN)/python -m pip install --quiet cmake
+	PATH="$(abspath $(BIN)):$$PATH" PYTHON=$(BIN)/python tests/native/sanitize.sh -n 2
 
 lint: install-test
 	$(BIN)/ruff check .

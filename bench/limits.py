@@ -148,9 +148,28 @@ def matmul(dtype_name: str, threads: int, seconds: float, size: int = 2048) -> l
         return rates(once, seconds)
 
 
+def matmul_int8(threads: int, seconds: float, size: int = 2048) -> list[float]:
+    """10^9 operations/s of a ``size``-cubed product of 8-bit integers; empty where torch has none."""
+    import torch
+
+    torch.set_num_threads(threads)
+    x, weight = (torch.randint(-127, 128, (size, size), dtype=torch.int8) for _ in range(2))
+
+    def once() -> float:
+        start = time.perf_counter()
+        torch._int_mm(x, weight.t())
+        return 2 * size**3 / (time.perf_counter() - start) / 1e9
+
+    try:
+        once()
+    except (RuntimeError, NotImplementedError):
+        return []
+    return rates(once, seconds)
+
+
 def measure(threads: int | None = None, seconds: float = 1.5) -> dict[str, float]:
-    """Medians: ``read_gb_s`` (the better of the two ways), ``bf16_gflop_s`` and ``float32_gflop_s``, and what each
-    way of reading gave. About ``seconds`` for each of the four measurements."""
+    """Medians: ``read_gb_s`` (the better of the two ways), ``bf16_gflop_s``, ``float32_gflop_s`` and ``int8_gop_s``, and
+    what each way of reading gave. About ``seconds`` for each of the five measurements."""
     threads = threads or usable_cores()
     found: dict[str, float] = {"threads": threads}
     for name, values in (
@@ -158,6 +177,7 @@ def measure(threads: int | None = None, seconds: float = 1.5) -> dict[str, float
         ("read_torch_gb_s", read_torch(threads, seconds)),
         ("bf16_gflop_s", matmul("bfloat16", threads, seconds)),
         ("float32_gflop_s", matmul("float32", threads, seconds)),
+        ("int8_gop_s", matmul_int8(threads, seconds)),
     ):
         if values:
             found[name] = round(statistics.median(values), 1)
@@ -182,6 +202,7 @@ def main() -> None:
         ("read_torch_gb_s", "reading, torch.mv     GB/s"),
         ("bf16_gflop_s", "bf16 product     GFLOP/s"),
         ("float32_gflop_s", "float32 product  GFLOP/s"),
+        ("int8_gop_s", "int8 product       GOP/s"),
     ):
         if name in found:
             print(f"{text:<28} {found[name]:>8,.1f} ({found[name + '_best']:,.1f})")

@@ -29,11 +29,11 @@ SHAPES = {
     ),
     "qwen05": Qwen2Config(
         hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2, intermediate_size=4864,
-        vocab_size=151_936, max_position_embeddings=8192, tie_word_embeddings=True, **IDS,
+        vocab_size=151_936, max_position_embeddings=40_960, tie_word_embeddings=True, **IDS,
     ),
     "llama1b": LlamaConfig(
         hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, intermediate_size=8192,
-        head_dim=64, vocab_size=128_256, max_position_embeddings=8192, tie_word_embeddings=True,
+        head_dim=64, vocab_size=128_256, max_position_embeddings=40_960, tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, **IDS,
     ),
 }  # fmt: skip

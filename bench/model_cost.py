@@ -32,6 +32,23 @@ class Workload:
 
 
 @dataclass(frozen=True)
+class Decode:
+    """``tokens`` further tokens of each of ``requests`` whose context is ``context`` tokens already. The prompt is not
+    part of it."""
+
+    requests: int
+    context: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.requests} x decode at {self.context:,}"
+
+    @property
+    def counted_tokens(self) -> int:
+        return self.requests * self.tokens
+
+
+@dataclass(frozen=True)
 class ModelCost:
     """``body`` and ``head``: parameters of the layers' matrices and of the output projection (which only positions that
     are sampled need). ``kv_values``: numbers a token leaves in the cache. ``attention``: heads x head size x layers."""
@@ -44,7 +61,7 @@ class ModelCost:
 
     def seconds(
         self,
-        work: Workload,
+        work: Workload | Decode,
         bytes_per_s: float,
         flop_per_s: float,
         value_bytes: float = 2.0,
@@ -54,13 +71,16 @@ class ModelCost:
 
         ``value_bytes``: of a number in the cache, and of a weight unless ``weight_bytes`` says otherwise.
         """
-        r, p = work.requests, work.prompt
+        r = work.requests
         matrix_bytes = (self.body + self.head) * (value_bytes if weight_bytes is None else weight_bytes)
-        # Prompt positions attend to themselves and what precedes them: p / 2 on average, 2 products of 2 operations.
-        flops = r * (2 * self.body * p + 2 * self.head + 4 * self.attention * p * (p + 1) / 2)
-        total = max(matrix_bytes / bytes_per_s, flops / flop_per_s)
-        for step in range(1, work.output):
-            context = p + step
+        if isinstance(work, Decode):
+            total, contexts = 0.0, range(work.context + 1, work.context + work.tokens + 1)
+        else:
+            # Prompt positions attend to themselves and what precedes them: p / 2 on average, 2 products of 2 operations.
+            p = work.prompt
+            flops = r * (2 * self.body * p + 2 * self.head + 4 * self.attention * p * (p + 1) / 2)
+            total, contexts = max(matrix_bytes / bytes_per_s, flops / flop_per_s), range(p + 1, p + work.output)
+        for context in contexts:
             kv_bytes = value_bytes * r * self.kv_values * context
             flops = r * (2 * (self.body + self.head) + 4 * self.attention * context)
             total += max((matrix_bytes + kv_bytes) / bytes_per_s, flops / flop_per_s)

@@ -2,9 +2,10 @@
 
     python bench/soak.py [--steps 200000] [--model demo] [--json FILE]
 
-Requests of random length, sampling, shared prefixes and `n` come and go, and some are aborted, over a pool small
-enough to preempt. Every hundredth of the run the pages are proved to balance (`Scheduler.check`) and the resident
-memory is read; at the end all requests are drained and every page must be free or cached.
+Requests of random length, sampling, penalties, grammars, log-probabilities, shared prefixes and `n` come and go, and some
+are aborted, over a pool small enough to preempt, by recomputing or by swapping to host memory. Every hundredth of the
+run the pages are proved to balance (`Scheduler.check`) and the resident memory is read; at the end all requests are
+drained and every page must be free or cached.
 """
 
 from __future__ import annotations
@@ -23,18 +24,29 @@ from quire.bench.environment import describe
 from quire.config import make_config
 from quire.engine.build import build_engine
 from quire.message import AddRequest
-from quire.sampling.params import SamplingParams
+from quire.sampling.params import SamplingParams, StructuredOutputs
 
 WARM = 0.1  # of the run, before memory is compared: caches and allocators fill first
 
 
+GRAMMARS = (
+    StructuredOutputs(regex="[0-9]{2,40}"),
+    StructuredOutputs(choice=["yes", "no", "perhaps"]),
+    StructuredOutputs(json={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+)
+
+
 def request(rng: random.Random, number: int, vocab: int) -> AddRequest:
-    """One of many shapes: a fifth begin with a shared prefix, a quarter sample, some are doubled."""
+    """One of many shapes: a fifth begin with a shared prefix, a quarter sample, some are doubled, a few are held to a
+    grammar, a few penalized."""
     prefix = [7] * 48 if rng.random() < 0.2 else []
     prompt = prefix + [rng.randrange(3, vocab) for _ in range(rng.randint(1, 96))]
     params = SamplingParams(
         temperature=rng.choice([0.0, 0.0, 0.0, 0.8]), top_p=rng.choice([1.0, 0.9]), n=rng.choice([1, 1, 1, 2]),
-        max_tokens=rng.randint(1, 96), ignore_eos=True, logprobs=rng.choice([None, None, None, 3]),
+        max_tokens=rng.randint(1, 96), logprobs=rng.choice([None, None, None, 3]),
+        structured_outputs=(grammar := rng.choice(GRAMMARS) if rng.random() < 0.05 else None), ignore_eos=grammar is None,
+        repetition_penalty=rng.choice([1.0] * 9 + [1.2]), top_k=rng.choice([0, 0, 20]),
+        prompt_logprobs=2 if rng.random() < 0.02 else None,
     )  # fmt: skip
     return AddRequest(request_id=str(number), prompt_token_ids=prompt, sampling=params, seed=number)
 
@@ -48,12 +60,13 @@ def main() -> int:
     parser.add_argument(
         "--pages", type=int, default=64, help="fewer than the requests want, so that some are preempted"
     )
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config = make_config(
         args.model, device=args.device, max_model_len=512, max_num_seqs=args.concurrency, num_pages=(args.pages,),
-        skip_tokenizer_init=True,
+        num_host_pages=(args.pages // 4,), threads=args.threads,
     )  # fmt: skip
     engine = build_engine(config)
     scheduler, rng = engine.core.scheduler, random.Random(args.seed)

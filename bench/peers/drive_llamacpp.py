@@ -4,16 +4,19 @@ The model is a GGUF file (to_gguf.py writes one from a checkpoint).
 """
 
 import ctypes
+from collections.abc import Iterator
 
 import llama_cpp as lib
 import numpy as np
-from protocol import Generate, serve
+from protocol import Engine, Prompts, serve
 
 BATCH = 2048  # tokens in one llama_decode
 
 
-class Engine:
+class LlamaCpp(Engine):
     """One context that holds all the sequences of a workload."""
+
+    version = lib.__version__
 
     def __init__(self, settings: dict) -> None:
         lib.llama_backend_init()
@@ -23,7 +26,7 @@ class Engine:
         if not self.model:
             raise RuntimeError(f"llama.cpp cannot load {settings['model']}")
         params = lib.llama_context_default_params()
-        params.n_ctx = max(settings["max_model_len"], 256 * settings["max_num_seqs"])
+        params.n_ctx = settings["kv_tokens"]
         params.n_batch = BATCH
         params.n_ubatch = 512
         params.n_seq_max = settings["max_num_seqs"]
@@ -56,12 +59,11 @@ class Engine:
                 chosen[sequence] = int(np.ctypeslib.as_array(row, (self.vocab_size,)).argmax())
         return chosen
 
+    def generate(self, prompts: Prompts, output_len: int) -> int:
+        return sum(self.stream(prompts, output_len))
 
-def load(settings: dict) -> tuple[Generate, str]:
-    engine = Engine(settings)
-
-    def generate(prompts: list[list[int]], output_len: int) -> int:
-        engine.clear()
+    def stream(self, prompts: Prompts, output_len: int) -> Iterator[int]:
+        self.clear()
         rows = [
             (token, position, sequence, position == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
@@ -69,16 +71,12 @@ def load(settings: dict) -> tuple[Generate, str]:
         ]
         last: dict[int, int] = {}
         for at in range(0, len(rows), BATCH):
-            last |= engine.decode(rows[at : at + BATCH])
-        produced = len(last)
+            last |= self.decode(rows[at : at + BATCH])
+        yield len(last)
         for step in range(1, output_len):
-            rows = [(last[i], len(prompts[i]) + step - 1, i, True) for i in range(len(prompts))]
-            last = engine.decode(rows)
-            produced += len(last)
-        return produced
-
-    return generate, lib.__version__
+            last = self.decode([(last[i], len(prompts[i]) + step - 1, i, True) for i in range(len(prompts))])
+            yield len(last)
 
 
 if __name__ == "__main__":
-    serve(load)
+    serve(LlamaCpp)

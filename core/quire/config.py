@@ -56,6 +56,7 @@ class EngineConfig:
     dtype: str = "auto"
     quantization: str | None = None  # round weights while loading: a name of quire.quantization.FORMATS
     threads: int | None = None
+    isa: str | None = None  # instruction set of a device that has several; None: the best
     batch_invariant: bool = False
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     seed: int = 0
@@ -68,6 +69,9 @@ class EngineConfig:
     spare_process: bool = True  # keep a process that could become the engine, should it die
     plugins: tuple[str, ...] | None = None  # names of plugins to load; None: all
     log_format: LogFormat = "text"  # of an engine process of its own
+    cores: tuple[
+        int, ...
+    ] = ()  # of the host, that an engine process of its own is confined to; (): all that it may use
 
     def validate(self) -> None:
         """Raise ConfigError for a value no device could honour."""
@@ -120,7 +124,7 @@ class EngineConfig:
 
 
 ENGINE_FIELDS = {
-    "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "batch_invariant", "load_format", "seed",
+    "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "isa", "batch_invariant", "load_format", "seed",
     "enforce_eager", "revision", "hf_overrides", "quantization", "step_timeout", "grammar_timeout", "spare_process",
 }  # fmt: skip
 SCHEDULER_FIELDS = {

@@ -88,9 +88,11 @@ class Capabilities:
     page_sizes: frozenset[int] = frozenset({16})
     head_sizes: tuple[int, int] = (32, 256)  # smallest and largest; every multiple of 8 between
     quantization: frozenset[str] = frozenset()
+    embed_formats: frozenset[str] = frozenset({"dense"})  # whose packed form embed() takes: a tied table is held once
     graphs: bool = False  # capture() returns a replayable step
     collectives: frozenset[str] = frozenset()  # names of Communicator methods
     batch_invariant: bool = False  # bits do not depend on what else is in the batch
+    isas: tuple[str, ...] = ()  # instruction sets that DeviceOptions.isa may name, the best (the default) last
     priority: int = 0  # `--device auto` takes the usable device with the highest; below 0: never
 
 
@@ -99,6 +101,7 @@ class DeviceInfo:
     index: int
     name: str
     details: str = ""
+    threads: int = 0  # of the host, that it computes with by default: engines that share the host divide them
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ class DeviceOptions:
 
     threads: int | None = None
     batch_invariant: bool = False
+    isa: str | None = None  # None: the best; Backend.open refuses what capabilities.isas does not name
 
 
 @dataclass
@@ -215,6 +219,9 @@ class Backend:
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         """Take device ``index``; called once, before any operation below."""
+        if options.isa is not None and options.isa not in self.capabilities.isas:
+            usable = [f"--isa {name}" for name in self.capabilities.isas] or ["no --isa"]
+            raise UnsupportedOnDevice(self.name, f"--isa {options.isa}", "no such instruction set here", usable)
         self.device_index, self.options = index, options
 
     @property
@@ -280,7 +287,7 @@ class Backend:
         return reference.ops.linear(x, weight, bias)
 
     def embed(self, ids: Tensor, table: Tensor) -> Tensor:
-        """Rows of table [V, hidden] for ids int64 [T]."""
+        """Rows of table [V, hidden] for ids int64 [T]; of a packed one, if its format is among ``embed_formats``."""
         return reference.ops.embed(ids, table)
 
     def rms_norm(self, x: Tensor, weight: Tensor, spec: NormSpec, residual: Any = None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ LogFormat = Literal["text", "json"]
 LOG_FORMATS: tuple[str, ...] = get_args(LogFormat)
 FIELDS = (
     "request_id", "model", "key_name", "user", "method", "path", "status", "duration_ms", "ttft_ms", "prompt_tokens",
-    "completion_tokens", "cached_tokens", "finish_reasons",
+    "completion_tokens", "cached_tokens", "finish_reasons", "metadata",
 )  # fmt: skip
 """What a line's ``extra`` may add to a JSON object; a text line has what its message says."""
 

@@ -1,8 +1,9 @@
 """Weight formats that a plain checkpoint is rounded to while it is loaded (``--quantization``). No torch here.
 
 A format keeps small numbers and, for each row and so many neighbouring columns (a group), one scale. What rounding
-means is in :mod:`quire.reference.quantize`. Norms, biases and the embedding's table stay as they are: rows of the table
-are looked up, not multiplied, so that a smaller one would save memory but no time.
+means is in :mod:`quire.reference.quantize`. Norms and biases stay as they are, and so does the embedding's table (rows of
+it are looked up, not multiplied), unless it is also the output projection and the device holds the two as one: then its
+rows are the rounded ones.
 """
 
 from __future__ import annotations

@@ -61,6 +61,7 @@ def create_app(server: Server) -> FastAPI:
         metrics=server.metrics,
         per_minute=server.settings.max_requests_per_minute_per_key,
         at_once=server.settings.max_concurrent_requests_per_key,
+        behind=server.background.of,
     )
     _guard(app, server, server.settings.network.host)
     app.add_middleware(ShapeMiddleware)

@@ -15,7 +15,7 @@ from starlette.types import Message, Scope
 
 from quire.errors import EngineDead
 from quire_server.batch_lines import Line
-from quire_server.errors import refuse, unforeseen
+from quire_server.errors import ApiError, refuse, unforeseen
 from quire_server.keys import current_key
 from quire_server.openai import generation
 from quire_server.state import Server
@@ -34,6 +34,10 @@ class Answer:
     @property
     def good(self) -> bool:
         return 200 <= self.status < 300
+
+
+class _Asks(msgspec.Struct):
+    model: str | None = None
 
 
 class Caller:
@@ -69,10 +73,18 @@ class Caller:
             answer = await self._call(line, owner)
             if answer.status not in NOT_NOW:
                 return answer
-            if getattr(self.server.engine, "errored", False):
+            if self._gone(line):
                 raise EngineDead("the engine is gone for good")
             await asyncio.sleep(pause)
             pause = min(2 * pause, 10.0)
+
+    def _gone(self, line: Line) -> bool:
+        """Whether the engine that the line asks for will not come back."""
+        try:
+            name = msgspec.json.decode(line.body, type=_Asks).model
+            return bool(getattr(self.server.model(name).engine, "errored", False))
+        except (msgspec.MsgspecError, ApiError):  # its route says what is wrong with it
+            return False
 
     async def _call(self, line: Line, owner: str | None) -> Answer:
         request_id = uuid.uuid4().hex

@@ -12,6 +12,8 @@ from typing import Any, BinaryIO
 import msgspec
 from pydantic_core import from_json, to_json
 
+from quire_server.limits import Limits, has_more_values
+
 MAX_CUSTOM_ID = 512
 MAX_ERRORS = 100  # of one input that are told
 FIELDS = frozenset({"custom_id", "method", "url", "body"})
@@ -76,8 +78,9 @@ def _sequences(body: dict[str, Any]) -> int:
 class Input:
     """A file of lines. In memory is only where each begins."""
 
-    def __init__(self, path: Path, endpoints: Collection[str], max_line_bytes: int) -> None:
-        self.path, self.endpoints, self.max_line_bytes = path, endpoints, max_line_bytes
+    def __init__(self, path: Path, endpoints: Collection[str], limits: Limits) -> None:
+        self.path, self.endpoints, self.limits = path, endpoints, limits
+        self.max_line_bytes = limits.max_body_bytes
         self._offsets, self._numbers = array("Q"), array("Q")
 
     def __len__(self) -> int:
@@ -123,6 +126,10 @@ class Input:
         if len(raw) > self.max_line_bytes:
             message = f"this line is longer than the limit of {self.max_line_bytes} bytes (--max-body-bytes)"
             raise LineError(number, "line_too_long", message)
+        if has_more_values(raw, self.limits.max_body_values):
+            most = self.limits.max_body_values
+            message = f"this line has more than {most} JSON values, the limit (--max-body-values)"
+            raise LineError(number, "too_many_values", message)
         return parse(raw, number, self.endpoints)
 
     def line(self, index: int) -> Line:

@@ -102,7 +102,7 @@ class Batches:
         if batch is None:
             return
         path = self.store.path(batch["input_file_id"])
-        lines = Input(path, (batch["endpoint"],), self.server.limits.max_body_bytes)
+        lines = Input(path, (batch["endpoint"],), self.server.limits)
         async with self._checking:
             errors = await asyncio.to_thread(lines.check, self.settings.max_batch_lines)
         keep = (batch.get("output_expires_after") or {}).get("seconds")

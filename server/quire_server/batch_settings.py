@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -45,8 +46,8 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-concurrency",
         type=int,
         metavar="N",
-        help="sequences of batches that the engine has at once (default: a quarter of --max-num-seqs; with "
-        "--scheduling-policy priority, where they make way for live requests, all)",
+        help="sequences of batches that the engine has at once (default: a quarter of each model's --max-num-seqs; "
+        "with --scheduling-policy priority, where they make way for live requests, all)",
     )
     for item in fields(BatchSettings):
         if "help" in item.metadata:
@@ -55,10 +56,10 @@ def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag, type=kind, default=item.default, help=f"{item.metadata['help']} (%(default)s)")
 
 
-def batch_settings(args: argparse.Namespace) -> BatchSettings:
-    """The flags as settings. Raises ConfigError naming the flag."""
+def batch_settings(args: argparse.Namespace, models: Sequence[argparse.Namespace]) -> BatchSettings:
+    """The flags as settings; ``models`` are those of each. Raises ConfigError naming the flag."""
     concurrency = args.batch_concurrency
     if concurrency is None:
-        concurrency = max(1, args.max_num_seqs // (1 if args.scheduling_policy == "priority" else 4))
+        concurrency = sum(max(1, m.max_num_seqs // (1 if m.scheduling_policy == "priority" else 4)) for m in models)
     values = {item.name: getattr(args, item.name) for item in fields(BatchSettings) if "help" in item.metadata}
     return BatchSettings(data_dir=args.data_dir, concurrency=concurrency, **values)

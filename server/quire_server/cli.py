@@ -6,15 +6,21 @@ import argparse
 import json
 import logging
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quire.cli.engine_args import add_engine_arguments, engine_config
 from quire.logs import LOG_FORMATS
 from quire_server.keys import API_KEY_VARIABLE, add_key_arguments, keys_from
 from quire_server.limits import add_limit_arguments, limits_from
+from quire_server.model_args import (
+    add_answer_arguments,
+    add_model_arguments,
+    each_model,
+    engine_configs,
+    model_settings,
+)
 from quire_server.network import add_network_arguments, allow_open_files, network_from
 
 if TYPE_CHECKING:
@@ -28,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from quire_server.batch_settings import add_batch_arguments
     from quire_server.openai.responses_store import add_store_arguments
 
-    parser.add_argument(
-        "model", nargs="?", default="demo", metavar="MODEL", help="folder, registered name or hub name (demo)"
-    )
+    add_model_arguments(parser)
     group = parser.add_argument_group("server")
     group.add_argument(
         "--config", metavar="FILE", help="a .toml or .yaml file of these flags; the command line beats it"
@@ -43,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--port", type=int, default=8000, help="port to listen on (%(default)s); 0 for any free one")
     add_answer_arguments(group)
+    add_trust_argument(group)
     group.add_argument(
         "--drain-timeout", type=float, default=60.0, help="seconds for open requests after SIGTERM (%(default)s)"
     )
@@ -84,35 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
 
 
-def add_answer_arguments(group: argparse._ArgumentGroup) -> None:
-    """What shapes the answers, over HTTP and in ``quire run-batch``."""
-    group.add_argument(
-        "--served-model-name", nargs="+", metavar="NAME", help="names of the model in the API (MODEL's last part)"
-    )
-    group.add_argument("--chat-template", metavar="FILE", help="a Jinja template instead of the checkpoint's")
+def add_trust_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--trust-request-chat-template", action="store_true", help="let a request bring a chat template of its own"
     )
-    group.add_argument(
-        "--tool-call-parser",
-        default="auto",
-        metavar="NAME",
-        help="how tool calls are read from answers: a name of docs/tool-calling.md, 'none', or 'auto': by the marks in the "
-        "chat template (%(default)s)",
-    )
-    group.add_argument(
-        "--reasoning-parser",
-        default="auto",
-        metavar="NAME",
-        help="how reasoning is told from the answer: a name, 'none' or 'auto', as above (%(default)s)",
-    )
-    group.add_argument(
-        "--enable-auto-tool-choice",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="read tool calls when tool_choice is 'auto' (on, unlike in vLLM; --no-enable-auto-tool-choice leaves the text)",
-    )
-    group.add_argument("--response-role", default="assistant", help="role of the answers (%(default)s)")
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -124,35 +104,41 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespac
 
 def run(args: argparse.Namespace) -> int:
     """Bind, then load, then serve. Returns the exit status."""
+    from quire.errors import ConfigError
+
+    models = each_model(args)
     if args.dump_config:
         from quire_server.config_file import dump
 
-        _settings(args), engine_config(args)  # refuse what would be refused
-        print(dump(args, add_arguments))
+        _settings(args, models), [engine_config(model) for model in models]  # refuse what would be refused
+        print(dump(args, add_arguments, models))
         return 0
-    from quire.errors import ConfigError
     from quire.logs import set_up
     from quire_server.serve import bind, serve
 
     set_up(args.log_format, "server")
-    settings = _settings(args)
-    config = replace(engine_config(args), log_format=args.log_format)
-    if getattr(config, "skip_tokenizer_init", False):
+    settings = _settings(args, models)
+    if any(getattr(model, "skip_tokenizer_init", False) for model in models):
         raise ConfigError("skip_tokenizer_init: a server speaks text, so it needs the tokenizer")
     network = settings.network
     allow_open_files(network.max_connections)
     listener = bind(args.host, args.port)
     metrics = bind(network.metrics_host, network.metrics_port) if network.metrics_port is not None else None
     from quire.engine.async_llm import AsyncLLM
+    from quire.engine.spare import Spare
 
+    configs, division = engine_configs(models)
+    limits, spare = settings.limits.of_engine(), Spare()
     work = serve(
-        AsyncLLM(config, settings.limits.of_engine()),
+        [AsyncLLM(replace(config, log_format=args.log_format), limits, spare) for config in configs],
         settings,
         listener,
         metrics_listener=metrics,
         drain_timeout=args.drain_timeout,
         log_level=args.uvicorn_log_level,
-        on_ready=lambda server: _announce(server, address(listener, args.host, network.scheme), args.log_format),
+        on_ready=lambda server: _announce(
+            server, address(listener, args.host, network.scheme), args.log_format, division
+        ),
     )
     return in_loop(work)
 
@@ -167,26 +153,29 @@ def in_loop(work: Coroutine[Any, Any, int]) -> int:
     return uvloop.run(work)
 
 
-def _announce(server: Server, base: str, log_format: str) -> None:
+def _announce(server: Server, base: str, log_format: str, division: str = "") -> None:
     """To a person, with something to try; to a program, as a line of the log like any other."""
     if log_format == "json":
-        names = ", ".join(server.settings.model_names)
-        if server.engine.info.report:
-            logger.info("%s", server.engine.info.report)
-        logger.info("Quire serves %s on %s", names, base, extra={"model": server.settings.model_names[0]})
+        names = ", ".join(name for model in server.models for name in model.settings.names)
+        report = division or server.models[0].engine.info.report
+        if report:
+            logger.info("%s", report)
+        logger.info("Quire serves %s on %s", names, base, extra={"model": server.models[0].name})
     else:
-        print(banner(server, base), flush=True)
+        print(banner(server, base, division), flush=True)
 
 
-def _settings(args: argparse.Namespace) -> Settings:
+def _settings(args: argparse.Namespace, models: Sequence[argparse.Namespace] | None = None) -> Settings:
+    """``models``: what :func:`each_model` says."""
     from quire_server.batch_settings import batch_settings
     from quire_server.openai.responses_store import store_settings
 
+    models = each_model(args) if models is None else models
     return replace(
-        answer_settings(args),
+        answer_settings(args, models),
         **keys_from(args),
         network=network_from(args),
-        batches=batch_settings(args),
+        batches=batch_settings(args, models),
         store=store_settings(args),
         health_timeout=args.health_timeout,
         access_log=not args.disable_access_log,
@@ -196,33 +185,15 @@ def _settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def answer_settings(args: argparse.Namespace) -> Settings:
-    """What :func:`add_answer_arguments` and the limits of a request say."""
-    from quire.errors import ConfigError
-    from quire_server.parsers import NONE, Parsers
+def answer_settings(args: argparse.Namespace, models: Sequence[argparse.Namespace]) -> Settings:
+    """What the models' own flags and the limits of a request say."""
     from quire_server.state import Settings
 
-    template = None
-    if args.chat_template is not None:
-        try:
-            template = Path(args.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--chat-template {args.chat_template}: {error}") from None
     return Settings(
-        model_names=tuple(args.served_model_name or [default_name(args.model)]),
+        models=tuple(map(model_settings, models)),
         limits=limits_from(args),
-        response_role=args.response_role,
-        chat_template=template,
-        parsers=Parsers(
-            args.tool_call_parser if args.enable_auto_tool_choice else NONE, args.reasoning_parser, args.plugins
-        ),
         trust_request_chat_template=args.trust_request_chat_template,
     )
-
-
-def default_name(model: str) -> str:
-    """A folder is served under its own name, not under where it lies; a registered or hub name as it is."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def address(listener: socket.socket, host: str, scheme: str = "http") -> str:
@@ -231,12 +202,13 @@ def address(listener: socket.socket, host: str, scheme: str = "http") -> str:
     return f"{scheme}://{f'[{shown}]' if ':' in shown else shown}:{listener.getsockname()[1]}"
 
 
-def banner(server: Server, base: str) -> str:
-    """Where it serves, and two ways to try it that work when pasted."""
-    model = server.settings.model_names[0]
+def banner(server: Server, base: str, division: str = "") -> str:
+    """Where it serves, and two ways to try it that work when pasted. ``division``: of memory among several models."""
+    first = server.models[0]
+    model = first.name
     guarded = bool(server.keys)
-    report = server.engine.info.report
-    if server.text.template() is not None:
+    report = division or first.engine.info.report
+    if first.text.template() is not None:
         route, body = (
             "chat/completions",
             {"model": model, "messages": [{"role": "user", "content": "What is the capital of France?"}]},
@@ -253,7 +225,7 @@ def banner(server: Server, base: str) -> str:
     lines = [
         *([report] if report else []),
         "",
-        f"Quire serves {model} on {base}"
+        f"Quire serves {', '.join(one.name for one in server.models)} on {base}"
         + (f" (put your API key into ${API_KEY_VARIABLE} for these)" if guarded else ""),
         "",
         f"curl {base}/v1/{route} -H 'Content-Type: application/json'{header} -d '{data}'",

@@ -9,13 +9,14 @@ import argparse
 import difflib
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from quire.errors import ConfigError
+from quire_server.model_args import names_of, own_flags
 
-NOT_IN_FILE = {"help", "config", "dump_config"}
+NOT_IN_FILE = {"help", "config", "dump_config", "model_flags"}
 SECRETS = {"api_key", "ssl_keyfile_password"}  # never printed
 
 
@@ -28,27 +29,52 @@ def parse(parser: argparse.ArgumentParser, add_arguments: AddArguments, argv: li
     ``parser`` is new and ``add_arguments`` gives it its flags."""
     add_arguments(parser)
     defaults = parser.parse_args(argv)
-    if defaults.config is None:
-        return defaults
     given = argparse.ArgumentParser(prog=parser.prog)
     add_arguments(given)
+    given._defaults.clear()
     for action in given._actions:
         action.default = argparse.SUPPRESS
     flags = vars(given.parse_args(argv))  # those alone that the command line names
-    return argparse.Namespace(**{**vars(defaults), **read(Path(defaults.config), parser), **flags})
+    if not flags.get("model", True):
+        del flags["model"]
+    values = {} if defaults.config is None else read(Path(defaults.config), parser)
+    return argparse.Namespace(**{**vars(defaults), **values, **flags, "said": frozenset(flags)})
 
 
 def read(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
     """The file's values by the names that the flags have in a namespace, checked and converted as the flags are."""
     known = {action.dest: action for action in parser._actions if action.dest not in NOT_IN_FILE}
+    found = _load(path)
+    tables = found.pop("models", None)
+    values = _values(path, found, known, "quire serve")
+    if tables is not None:
+        if "model" in values:
+            raise ConfigError(f"--config {path}: model and models: give one of them")
+        values["models"] = _models(path, tables, known["model"])
+    return values
+
+
+def _models(path: Path, tables: Any, model: argparse.Action) -> list[dict[str, Any]]:
+    """``[[models]]``: a table for each."""
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"--config {path}: models: must be tables, [[models]] in TOML and a list of maps in YAML")
+    known = {**own_flags(), "model": argparse.Action([], "model")}
+    made = [_values(path, table, known, "one of several models") for table in tables]
+    for place, values in enumerate(made):
+        if "model" not in values:
+            raise ConfigError(f"--config {path}: models[{place}]: model is missing: what is to be served")
+    return made
+
+
+def _values(path: Path, found: dict[Any, Any], known: dict[str, argparse.Action], whose: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for key, value in _load(path).items():
+    for key, value in found.items():
         name = str(key).replace("-", "_")
         action = known.get(name)
         if action is None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-            raise ConfigError(f"--config {path}: {key!r} is no flag of quire serve{hint}")
+            raise ConfigError(f"--config {path}: {key!r} is no flag of {whose}{hint}")
         if name in values:
             raise ConfigError(f"--config {path}: {key}: given twice")
         try:
@@ -97,7 +123,7 @@ def _value(action: argparse.Action, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, not {value!r}")
         return value
-    if action.nargs == "+" or isinstance(action, argparse._AppendAction):
+    if action.nargs in ("+", "*") or isinstance(action, argparse._AppendAction):
         items = value if isinstance(value, list) else [value]
         if not items:
             raise ValueError("must not be an empty list")
@@ -122,14 +148,15 @@ def _one(action: argparse.Action, value: Any) -> Any:
     return converted
 
 
-def dump(args: argparse.Namespace, add_arguments: AddArguments) -> str:
-    """The effective configuration as TOML that ``--config`` takes; what has the value of its default is marked."""
+def dump(args: argparse.Namespace, add_arguments: AddArguments, models: Sequence[argparse.Namespace]) -> str:
+    """The effective configuration as TOML that ``--config`` takes; what has the value of its default is marked. Of several
+    ``models`` (those of model_args.each_model) each has a table of what it does not share with all."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     lines = []
     for action in parser._actions:
         name, value = action.dest, getattr(args, action.dest, None)
-        if name in NOT_IN_FILE:
+        if name in NOT_IN_FILE or (name == "model" and len(models) > 1):
             continue
         key = name.replace("_", "-")
         if name in SECRETS:
@@ -140,4 +167,8 @@ def dump(args: argparse.Namespace, add_arguments: AddArguments) -> str:
             lines.append(
                 f"{key} = {json.dumps(value, ensure_ascii=False)}" + ("  # default" if value == action.default else "")
             )
+    for model in models if len(models) > 1 else ():
+        own = {"served_model_name": list(names_of(model))} | {name: getattr(model, name) for name in sorted(model.own)}
+        lines += ["", "[[models]]", f"model = {json.dumps(model.model)}"]
+        lines += [f"{name.replace('_', '-')} = {json.dumps(value, ensure_ascii=False)}" for name, value in own.items()]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from quire.errors import EngineDead
 from quire.kv.accounts import CACHED, FREE, OWNED, SHARED
 from quire_server.errors import ApiError, json_response
+from quire_server.model import Model
 from quire_server.pages import ASSETS, HEADERS
 from quire_server.state import Server, server_of
 from quire_server.streaming import EventStream, event
@@ -52,18 +53,21 @@ for _path in ASSETS:
 
 
 @router.get("/engine")
-async def engine(request: Request, server: State) -> Response:
-    """Counters, gauges, latency histograms and the KV page map of this moment; 503 when the engine does not answer."""
-    view = await _watch(request, server).view()
+async def engine(request: Request, server: State, model: str | None = None) -> Response:
+    """Counters, gauges, latency histograms and the KV page map of this moment; 503 when the engine does not answer.
+
+    ``model``: whose engine; the first's, if none is named. ``models`` in the answer are all that can be.
+    """
+    view = await _watch(request, server, model).view()
     if "error" in view:
         raise ApiError(503, view["error"], code="engine_unresponsive", headers={"Retry-After": "1"})
     return json_response(view)
 
 
 @router.get("/engine/stream")
-async def engine_stream(request: Request, server: State) -> Response:
+async def engine_stream(request: Request, server: State, model: str | None = None) -> Response:
     """The same as server-sent events. While the engine does not answer, an event has ``error`` in place of numbers."""
-    return EventStream(_events(_watch(request, server)), server.lifecycle)
+    return EventStream(_events(_watch(request, server, model)), server.lifecycle)
 
 
 async def _events(watch: EngineWatch) -> AsyncGenerator[bytes, None]:
@@ -83,19 +87,22 @@ async def _events(watch: EngineWatch) -> AsyncGenerator[bytes, None]:
         watch.listeners -= 1
 
 
-def _watch(request: Request, server: Server) -> EngineWatch:
+def _watch(request: Request, server: Server, name: str | None) -> EngineWatch:
     state = request.app.state
-    if not hasattr(state, "watch"):
-        state.watch = EngineWatch(server)
-    watch: EngineWatch = state.watch
+    if not hasattr(state, "watches"):
+        state.watches = {}
+    model = server.models[0] if name is None else server.model(name)
+    if model.name not in state.watches:
+        state.watches[model.name] = EngineWatch(model)
+    watch: EngineWatch = state.watches[model.name]
     return watch
 
 
 class EngineWatch:
-    """Asks the engine at most once an interval, however many look."""
+    """Asks one model's engine at most once an interval, however many look."""
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, model: Model) -> None:
+        self.model, self.server = model, model.server
         self.listeners = 0
         self._lock = asyncio.Lock()
         self._view: dict[str, Any] = {}
@@ -112,16 +119,17 @@ class EngineWatch:
             return self._view
 
     async def _ask(self) -> dict[str, Any]:
-        server = self.server
-        head = {"time": time.time(), "model": server.settings.model_names[0], "state": server.lifecycle.state}
+        server, engine, metrics = self.server, self.model.engine, self.model.metrics
+        names = [model.name for model in server.models]
+        head = {"time": time.time(), "model": self.model.name, "models": names, "state": server.lifecycle.state}
         refusal = server.lifecycle.refusal()
         if refusal is not None and server.lifecycle.state != "draining":
             return {**head, "error": str(refusal.detail)}
         try:
-            info = server.engine.info
+            info = engine.info
             now = time.monotonic()
             due = now - self._mapped >= info.pages * SECONDS_PER_PAGE
-            stats = await server.engine.stats(pages=due, timeout=server.settings.health_timeout)
+            stats = await engine.stats(pages=due, timeout=server.settings.health_timeout)
         except TimeoutError:
             return {**head, "error": f"the engine did not answer within {server.settings.health_timeout:g} s"}
         except EngineDead as error:
@@ -139,8 +147,8 @@ class EngineWatch:
             "in_flight": server.lifecycle.in_flight,
             "page_map": self._groups,
             "requests": self._requests,
-            "ttft": histogram(server.metrics.ttft),
-            "itl": histogram(server.metrics.itl),
+            "ttft": histogram(metrics.ttft),
+            "itl": histogram(metrics.itl),
         }
 
 

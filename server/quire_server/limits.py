@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 from quire.errors import ConfigError
 from quire.sampling.params import ParamLimits
+
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+
+def has_more_values(body: bytes, most: int) -> bool:
+    """Whether the JSON text ``body`` has more than ``most`` values. It is not looked at further than to that many."""
+    if body.count(b",") < most:
+        return False
+    count, at = 1, 0
+    for text in _STRING.finditer(body):
+        count += body.count(b",", at, text.start())
+        at = text.end()
+        if count > most:
+            return True
+    return count + body.count(b",", at) > most
 
 
 def _limit(default: Any, text: str) -> Any:
@@ -17,6 +33,7 @@ def _limit(default: Any, text: str) -> Any:
 @dataclass(frozen=True)
 class Limits:
     max_body_bytes: int = _limit(8 * 2**20, "bytes of a request's body")
+    max_body_values: int = _limit(2**20, "JSON values in a request's body, token ids among them")
     body_timeout: float = _limit(60.0, "seconds in which a request's body must have arrived")
     max_prompts: int = _limit(256, "prompts in one completions request")
     max_n: int = _limit(128, "samples (n) of one prompt")

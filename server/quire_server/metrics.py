@@ -7,7 +7,7 @@ client's view of them is.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -15,145 +15,176 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from quire.message import STEP_TOKENS
+from quire.message import STEP_TOKENS, EngineReady, EngineStats
 from quire_server import loop_delay
 from quire_server.record import current
 
 if TYPE_CHECKING:
-    from quire.message import EngineReady, EngineStats
     from quire.outputs import RequestOutput
     from quire.sampling.params import SamplingParams
+
+Answer = tuple[EngineStats | None, EngineReady | None]
+"""Of one engine, to a scrape."""
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
 
 
 class EngineCollector(Collector):
-    """The engine's last answer. ``stats`` is None while it gives none: then only ``quire:engine_up`` 0 is shown."""
+    """The engines' last answers, by model. One that gave none has only ``quire:engine_up`` 0."""
 
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.stats: EngineStats | None = None
-        self.info: EngineReady | None = None
+    def __init__(self, models: Sequence[str]) -> None:
+        self.answers: dict[str, Answer] = dict.fromkeys(models, (None, None))
 
     def collect(self) -> Iterator[Metric]:
-        def gauge(name: str, text: str, value: float) -> Metric:
-            metric = GaugeMetricFamily(f"quire:{name}", text, labels=["model_name"])
-            metric.add_metric([self.model], value)
-            return metric
+        up = {model: float(stats is not None) for model, (stats, _) in self.answers.items()}
+        yield _family(GaugeMetricFamily, "engine_up", "1 when the engine answered this scrape.", up)
+        config = GaugeMetricFamily(
+            "quire:cache_config_info", "Pages of the KV cache.", labels=["model_name", "block_size", "num_gpu_blocks"]
+        )
+        for model, (_, info) in self.answers.items():
+            if info is not None:
+                config.add_metric([model, str(info.page_size), str(info.pages)], 1.0)
+        yield config
+        known = {model: stats for model, (stats, _) in self.answers.items() if stats is not None}
+        for kind, name, text, value in ENGINE_METRICS:
+            yield _family(kind, name, text, {model: value(stats) for model, stats in known.items()})
+        yield _steps(known)
 
-        def counter(name: str, text: str, value: float) -> Metric:
-            metric = CounterMetricFamily(f"quire:{name}", text, labels=["model_name"])
-            metric.add_metric([self.model], value)
-            return metric
 
-        stats = self.stats
-        yield gauge("engine_up", "1 when the engine answered this scrape.", float(stats is not None))
-        if self.info is not None:
-            config = GaugeMetricFamily(
-                "quire:cache_config_info",
-                "Pages of the KV cache.",
-                labels=["model_name", "block_size", "num_gpu_blocks"],
-            )
-            config.add_metric([self.model, str(self.info.page_size), str(self.info.pages)], 1.0)
-            yield config
-        if stats is None:
-            return
-        used = stats.pages_total - stats.pages_free
-        yield gauge("num_requests_running", "Sequences in the running batch.", stats.running)
-        yield gauge("num_requests_waiting", "Requests waiting to run.", stats.waiting)
-        yield gauge("num_requests_swapped", "Sequences swapped to host memory.", stats.swapped)
-        yield gauge("kv_cache_usage_perc", "KV cache usage; 1 is full.", used / max(stats.pages_total, 1))
-        yield gauge("kv_waste_ratio", "Share of owned KV slots that hold no token.", stats.kv_waste)
-        yield self._steps(stats)
-        yield counter("num_preemptions", "Sequences preempted.", stats.preemptions)
-        yield counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", stats.prefix_queries)
-        yield counter("prefix_cache_hits", "Tokens found in the prefix cache.", stats.prefix_hits)
-        yield counter("prompt_tokens", "Prompt tokens processed.", stats.prompt_tokens)
-        yield counter("generation_tokens", "Tokens generated.", stats.generation_tokens)
-        yield counter("engine_steps", "Steps the engine has run.", stats.steps)
+def _family(kind: Family, name: str, text: str, values: dict[str, float]) -> Metric:
+    family = kind(f"quire:{name}", text, labels=["model_name"])
+    for model, value in values.items():
+        family.add_metric([model], value)
+    return family
 
-    def _steps(self, stats: EngineStats) -> Metric:
-        bounds = [*(f"{size:.1f}" for size in STEP_TOKENS), "+Inf"]
-        name, text = "quire:iteration_tokens_total", "Tokens of a step."
-        steps = HistogramMetricFamily(name, text, labels=["model_name"])
-        steps.add_metric([self.model], list(zip(bounds, accumulate(stats.step_sizes), strict=True)), stats.step_tokens)
-        return steps
+
+def _steps(known: dict[str, EngineStats]) -> Metric:
+    bounds = [*(f"{size:.1f}" for size in STEP_TOKENS), "+Inf"]
+    steps = HistogramMetricFamily("quire:iteration_tokens_total", "Tokens of a step.", labels=["model_name"])
+    for model, stats in known.items():
+        steps.add_metric([model], list(zip(bounds, accumulate(stats.step_sizes), strict=True)), stats.step_tokens)
+    return steps
+
+
+Family = type[GaugeMetricFamily] | type[CounterMetricFamily]
+ENGINE_METRICS: tuple[tuple[Family, str, str, Callable[[EngineStats], float]], ...] = (
+    (GaugeMetricFamily, "num_requests_running", "Sequences in the running batch.", lambda s: s.running),
+    (GaugeMetricFamily, "num_requests_waiting", "Requests waiting to run.", lambda s: s.waiting),
+    (GaugeMetricFamily, "num_requests_swapped", "Sequences swapped to host memory.", lambda s: s.swapped),
+    (
+        GaugeMetricFamily,
+        "kv_cache_usage_perc",
+        "KV cache usage; 1 is full.",
+        lambda s: (s.pages_total - s.pages_free) / max(s.pages_total, 1),
+    ),
+    (GaugeMetricFamily, "kv_waste_ratio", "Share of owned KV slots that hold no token.", lambda s: s.kv_waste),
+    (CounterMetricFamily, "num_preemptions", "Sequences preempted.", lambda s: s.preemptions),
+    (CounterMetricFamily, "prefix_cache_queries", "Tokens looked up in the prefix cache.", lambda s: s.prefix_queries),
+    (CounterMetricFamily, "prefix_cache_hits", "Tokens found in the prefix cache.", lambda s: s.prefix_hits),
+    (CounterMetricFamily, "prompt_tokens", "Prompt tokens processed.", lambda s: s.prompt_tokens),
+    (CounterMetricFamily, "generation_tokens", "Tokens generated.", lambda s: s.generation_tokens),
+    (CounterMetricFamily, "engine_steps", "Steps the engine has run.", lambda s: s.steps),
+)
 
 
 class Metrics:
-    """Everything that ``/metrics`` shows."""
+    """Everything that ``/metrics`` shows: what is of one model, with its name as a label, and what is of the server."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, models: Sequence[str]) -> None:
         self.registry = CollectorRegistry()
-        self.model = model
-        self.engine = EngineCollector(model)
-        self.registry.register(self.engine)
+        self._engines = EngineCollector(models)
+        self.registry.register(self._engines)
         ProcessCollector(registry=self.registry)  # memory, CPU time and open files of the HTTP process
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            family = Histogram(f"quire:{name}", text, ["model_name"], buckets=buckets, registry=self.registry)
-            return family.labels(model)
-
-        self.ttft = histogram("time_to_first_token_seconds", "Time to first token.", _LATENCY)
-        self.itl = histogram("inter_token_latency_seconds", "Time between tokens of one sample.", _LATENCY)
-        self.tpot = histogram(
-            "request_time_per_output_token_seconds", "Mean time per output token of a request.", _LATENCY
-        )
-        self.e2e = histogram("e2e_request_latency_seconds", "Time of a whole request.", _LATENCY)
-        self.queue = histogram("request_queue_time_seconds", "From arrival to the first step.", _LATENCY)
-        self.prefill = histogram("request_prefill_time_seconds", "From the first step to the first token.", _LATENCY)
-        self.decode = histogram("request_decode_time_seconds", "From first to last token.", _LATENCY)
-        self.inference = histogram("request_inference_time_seconds", "From the first step to the last token.", _LATENCY)
-        self.prompt_tokens = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
-        self.generation_tokens = histogram("request_generation_tokens", "Tokens a request generated.", _TOKENS)
-        self.computed_tokens = histogram(
-            "request_prefill_kv_computed_tokens", "Prompt tokens of a request that no prefix hit spared.", _TOKENS
-        )
-        self.longest = histogram("request_max_num_generation_tokens", "Tokens of a request's longest sample.", _TOKENS)
-        self.params_n = histogram("request_params_n", "The parameter n.", _TOKENS)
-        self.params_max_tokens = histogram("request_params_max_tokens", "The parameter max_tokens.", _TOKENS)
-        self.loop_delay = histogram(
-            "event_loop_delay_seconds", "By how much a timer of the server's event loop came late.", loop_delay.BUCKETS
-        )
-        self._success = Counter(
+        families = {
+            name: Histogram(f"quire:{full}", text, ["model_name"], buckets=buckets, registry=self.registry)
+            for name, full, text, buckets in REQUEST_METRICS
+        }
+        success = Counter(
             "quire:request_success", "Requests finished.", ["model_name", "finished_reason"], registry=self.registry
         )
-
-        self._by_key = Counter(
-            "quire:requests_by_key",
-            "Requests that carried this API key.",
-            ["model_name", "key"],
+        self._of = {model: ModelMetrics(model, families, success) for model in models}
+        self.loop_delay = Histogram(
+            "quire:event_loop_delay_seconds",
+            "By how much a timer of the server's event loop came late.",
+            buckets=loop_delay.BUCKETS,
             registry=self.registry,
+        )
+        self._by_key = Counter(
+            "quire:requests_by_key", "Requests that carried this API key.", ["key"], registry=self.registry
         )
         self._limited = Counter(
             "quire:rate_limited_requests_by_key",
             "Requests refused for this API key's rate or concurrency.",
-            ["model_name", "key"],
+            ["key"],
             registry=self.registry,
         )
 
+    def of(self, model: str) -> ModelMetrics:
+        return self._of[model]
+
     def by_key(self, name: str) -> None:
         """A request carried the key of this name. There are as many names as there are keys."""
-        self._by_key.labels(self.model, name).inc()
+        self._by_key.labels(name).inc()
 
     def limited(self, name: str) -> None:
         """A request was refused for its key's rate or concurrency."""
-        self._limited.labels(self.model, name).inc()
+        self._limited.labels(name).inc()
+
+    def render(self, answers: dict[str, Answer]) -> bytes:
+        """The text format, with the engines' answers (or their absence) of this moment, by model."""
+        self._engines.answers = answers
+        return generate_latest(self.registry)
+
+
+class ModelMetrics:
+    """What is observed of one model's requests."""
+
+    def __init__(self, model: str, families: dict[str, Histogram], success: Counter) -> None:
+        of = {name: family.labels(model) for name, family in families.items()}
+        self.ttft, self.itl, self.tpot, self.e2e = of["ttft"], of["itl"], of["tpot"], of["e2e"]
+        self.queue, self.prefill, self.decode, self.inference = (
+            of["queue"],
+            of["prefill"],
+            of["decode"],
+            of["inference"],
+        )
+        self.prompt_tokens, self.generation_tokens = of["prompt_tokens"], of["generation_tokens"]
+        self.computed_tokens, self.longest = of["computed_tokens"], of["longest"]
+        self.params_n, self.params_max_tokens = of["params_n"], of["params_max_tokens"]
+        self._model, self._success = model, success
 
     def success(self, reason: str) -> None:
-        self._success.labels(self.model, reason).inc()
+        self._success.labels(self._model, reason).inc()
 
-    def render(self, stats: EngineStats | None, info: EngineReady | None) -> bytes:
-        """The text format, with the engine's answer (or its absence) of this moment."""
-        self.engine.stats, self.engine.info = stats, info
-        return generate_latest(self.registry)
+
+REQUEST_METRICS: tuple[tuple[str, str, str, tuple[float, ...]], ...] = (
+    ("ttft", "time_to_first_token_seconds", "Time to first token.", _LATENCY),
+    ("itl", "inter_token_latency_seconds", "Time between tokens of one sample.", _LATENCY),
+    ("tpot", "request_time_per_output_token_seconds", "Mean time per output token of a request.", _LATENCY),
+    ("e2e", "e2e_request_latency_seconds", "Time of a whole request.", _LATENCY),
+    ("queue", "request_queue_time_seconds", "From arrival to the first step.", _LATENCY),
+    ("prefill", "request_prefill_time_seconds", "From the first step to the first token.", _LATENCY),
+    ("decode", "request_decode_time_seconds", "From first to last token.", _LATENCY),
+    ("inference", "request_inference_time_seconds", "From the first step to the last token.", _LATENCY),
+    ("prompt_tokens", "request_prompt_tokens", "Prompt tokens of a request.", _TOKENS),
+    ("generation_tokens", "request_generation_tokens", "Tokens a request generated.", _TOKENS),
+    (
+        "computed_tokens",
+        "request_prefill_kv_computed_tokens",
+        "Prompt tokens of a request that no prefix hit spared.",
+        _TOKENS,
+    ),
+    ("longest", "request_max_num_generation_tokens", "Tokens of a request's longest sample.", _TOKENS),
+    ("params_n", "request_params_n", "The parameter n.", _TOKENS),
+    ("params_max_tokens", "request_params_max_tokens", "The parameter max_tokens.", _TOKENS),
+)
 
 
 class RequestTimer:
     """Observes one request's outputs as they pass."""
 
-    def __init__(self, metrics: Metrics, n: int, max_tokens: int) -> None:
+    def __init__(self, metrics: ModelMetrics, n: int, max_tokens: int) -> None:
         self.metrics, self.record = metrics, current()
         self.began = time.monotonic()
         self.tokens = 0

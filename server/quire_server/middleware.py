@@ -20,7 +20,7 @@ from quire_server.tracing import Tracing
 
 access_logger = logging.getLogger("quire.access")
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+_REQUEST_ID = re.compile(record.REQUEST_ID)
 
 
 _ALWAYS = ((b"x-content-type-options", b"nosniff"),)

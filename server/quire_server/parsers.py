@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, cast
 
 from quire import plugins
 from quire.errors import ConfigError
 from quire.sampling.params import Thinking
 from quire_server.tool_calls import AnswerParser
+from quire_server.tool_grammar import ForceableParser, Special, Writer
 
 AUTO, NONE = "auto", "none"
 Marks = tuple[tuple[tuple[str, ...], str], ...]
@@ -87,6 +88,12 @@ class Choice:
         if inside is False or not ends or not (starts or inside):
             return None
         return Thinking(ends, starts, opened=bool(inside))
+
+    def writer(self, special: Special, inside: bool | None) -> Writer | None:
+        """What writes the grammars that force calls; None: no parser reads them, or it has no grammar of its format."""
+        if not hasattr(self.tools, "forced") or not hasattr(self.tools, "free"):
+            return None
+        return Writer(cast(ForceableParser, self.tools), special, bool(inside))
 
     def parser(
         self, inside: bool | None, tools: Sequence[dict[str, Any]], parallel: bool, show_reasoning: bool

@@ -58,6 +58,8 @@ class RateLimitMiddleware:
     """Counts what an API key asks and refuses with 429 what is too much. Probes and the page count for nothing.
 
     A refused request takes no token. Without API keys there is nobody to tell apart, and nothing is limited.
+    ``behind`` tells how many responses are at work for a key without a request that waits: with what is open they count
+    against what would begin more work, and not against a look at one, or its end.
     """
 
     def __init__(
@@ -66,10 +68,11 @@ class RateLimitMiddleware:
         metrics: Metrics,
         per_minute: int | None,
         at_once: int | None,
+        behind: Callable[[str], int] = lambda name: 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.app, self.metrics, self.clock = app, metrics, clock
-        self.per_minute, self.at_once = per_minute, at_once
+        self.per_minute, self.at_once, self.behind = per_minute, at_once, behind
         self._buckets: dict[str, Bucket] = {}
         self._running: dict[str, int] = {}
 
@@ -80,8 +83,10 @@ class RateLimitMiddleware:
             return
         running = self._running.get(key.name, 0)
         at_once = key.concurrent_requests or self.at_once
-        if at_once is not None and running >= at_once:
-            message = f"{running} requests of this API key are open; this server's limit is {at_once} at once"
+        begins = scope["method"] == "POST" and not scope["path"].endswith("/cancel")
+        busy = running + (self.behind(key.name) if begins and at_once is not None else 0)
+        if at_once is not None and busy >= at_once:
+            message = f"{busy} requests of this API key are open; this server's limit is {at_once} at once"
             await self._refuse(key.name, message, 1.0, {}, scope, receive, send)
             return
         headers: dict[str, str] = {}

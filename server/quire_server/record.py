@@ -12,17 +12,21 @@ if TYPE_CHECKING:
     from quire.outputs import RequestMetrics
     from quire.sampling.params import SamplingParams
 
+REQUEST_ID = r"^[A-Za-z0-9._:@/+=-]{1,128}$"
+"""What a client may give as the id of its request."""
+
 
 @dataclass
 class RequestRecord:
     """Begun by the outermost middleware; the route's jobs (one engine request each) add to it."""
 
     request_id: str
-    given: bool  # by the client: then it need not be unique
+    given: bool  # by the client, in a header: then it need not be unique
     began: float = field(default_factory=time.monotonic)
     model: str | None = None
     response_id: str | None = None
     sampling: SamplingParams | None = None  # of the first job
+    metadata: dict[str, str] | None = None  # what the client says of its request
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
@@ -46,6 +50,7 @@ class RequestRecord:
             "completion_tokens": self.completion_tokens if ran else None,
             "cached_tokens": self.cached_tokens if ran else None,
             "finish_reasons": self.finish_reasons or None,
+            "metadata": self.metadata or None,
         }
 
 
@@ -64,13 +69,14 @@ def current() -> RequestRecord:
     return _current.get() or RequestRecord(uuid.uuid4().hex, False)
 
 
-def response_id(prefix: str) -> str:
+def response_id(prefix: str, given: str | None = None) -> str:
     """The id of the answer under way. The engine's ids begin with it, so one search finds all lines about a request.
 
-    A client may give the same X-Request-Id twice; the engine's must be its own.
+    A client may give the same id twice, in the header X-Request-Id or, where there is none, in the body (``given``); the
+    engine's must be its own.
     """
     record = current()
-    record.response_id = f"{prefix}-{record.request_id}"
-    if record.given:
+    record.response_id = f"{prefix}-{given if given is not None and not record.given else record.request_id}"
+    if record.given or given is not None:
         record.response_id += f"-{uuid.uuid4().hex[:12]}"
     return record.response_id

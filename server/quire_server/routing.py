@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire_server.errors import ApiError, from_validation
+from quire_server.limits import has_more_values
 from quire_server.openai.base import Strict
 
 
@@ -23,12 +24,19 @@ class StrictRequest(Request):
 
         Millions of small parts take seconds to look at, however few of them a limit would allow.
         """
-        body = await self.body()
-        return await self.app.state.server.run(len(body), lambda: _parse(self.model, body))
+        body, server = await self.body(), self.app.state.server
+        most: int = server.limits.max_body_values
+        return await server.run(len(body), lambda: _parse(self.model, body, most))
 
 
-def _parse(model: type[Strict], body: bytes) -> Strict:
-    """Refuses NaN, lone surrogates and deep nesting too, each of which Python's own parser lets through or dies of."""
+def _parse(model: type[Strict], body: bytes, most: int) -> Strict:
+    """Refuses NaN, lone surrogates and deep nesting too, each of which Python's own parser lets through or dies of.
+
+    No other thread has its turn while JSON is read, so the event loop waits: for 50 ms, with a million values.
+    """
+    if has_more_values(body, most):
+        message = f"the body has more than {most} JSON values, this server's limit (--max-body-values)"
+        raise ApiError(413, message, code="too_many_values")
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:

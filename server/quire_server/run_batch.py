@@ -7,17 +7,18 @@ import asyncio
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from quire.cli.engine_args import add_engine_arguments, engine_config
+from quire.cli.engine_args import add_engine_arguments
 from quire.errors import ConfigError, EngineDead, UserError
-from quire_server.cli import add_answer_arguments, answer_settings, in_loop
+from quire_server.cli import add_trust_argument, answer_settings, in_loop
 from quire_server.limits import add_limit_arguments
+from quire_server.model_args import add_answer_arguments, add_model_arguments, each_model, engine_configs
 
 if TYPE_CHECKING:
     from quire_server.batch_calls import Caller, Room
@@ -33,9 +34,7 @@ class RunBatchError(UserError):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", nargs="?", default="demo", metavar="MODEL", help="folder, registered name or hub name (demo)"
-    )
+    add_model_arguments(parser)
     group = parser.add_argument_group("batch")
     group.add_argument(
         "-i", "--input-file", required=True, metavar="FILE", help="JSON lines: custom_id, method, url and body"
@@ -50,9 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-concurrency",
         type=int,
         metavar="N",
-        help="sequences that the engine has at once, waiting ones included (default: twice --max-num-seqs)",
+        help="sequences that the engines have at once, waiting ones included (default: twice --max-num-seqs)",
     )
     add_answer_arguments(group)
+    add_trust_argument(group)
     add_limit_arguments(parser)
     add_engine_arguments(parser)
 
@@ -60,29 +60,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, then load, then run. Returns the exit status: 0 when every line has its answer, be it a refusal."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings, config = answer_settings(args), engine_config(args)
-    concurrency = args.batch_concurrency if args.batch_concurrency is not None else 2 * args.max_num_seqs
+    models = each_model(args)
+    settings = answer_settings(args, models)
+    concurrency = args.batch_concurrency
+    if concurrency is None:
+        concurrency = sum(2 * model.max_num_seqs for model in models)
     if concurrency < 1:
         raise ConfigError(f"--batch-concurrency must be above 0, not {concurrency}")
     from quire.engine.async_llm import AsyncLLM
 
-    engine = AsyncLLM(config, settings.limits.of_engine())
-    return in_loop(run_batch(engine, settings, args.input_file, args.output_file, concurrency, args.resume))
+    configs, _ = engine_configs(models)
+    engines = [AsyncLLM(config, settings.limits.of_engine()) for config in configs]
+    return in_loop(run_batch(engines, settings, args.input_file, args.output_file, concurrency, args.resume))
 
 
 async def run_batch(
-    engine: EngineClient, settings: Settings, source: str, target: str, concurrency: int, resume: bool = False
+    engines: Sequence[EngineClient],
+    settings: Settings,
+    source: str,
+    target: str,
+    concurrency: int,
+    resume: bool = False,
 ) -> int:
-    """Run the lines of ``source`` that ``target`` has no answers to, over an engine that is started here and ended."""
+    """Run the lines of ``source`` that ``target`` has no answers to, over engines that are started here and ended."""
     from quire.cli.progress import line_progress
     from quire_server.app import create_app
     from quire_server.batch_calls import Caller
     from quire_server.batch_lines import Input
+    from quire_server.serve import start
     from quire_server.state import Server
 
-    server = Server(engine, settings)
+    server = Server(engines, settings)
     caller = Caller(server, create_app(server))
-    lines = Input(Path(source), caller.endpoints, settings.limits.max_body_bytes)
+    lines = Input(Path(source), caller.endpoints, settings.limits)
     try:
         errors = lines.check()
         if errors:
@@ -96,13 +106,13 @@ async def run_batch(
         with open(target, "ab") as output:
             if not left:
                 return 0
-            await engine.start()
+            await start(server.models)
             with line_progress(len(lines), len(done)) as advance:
                 failed = await _run(caller, lines, left, output, concurrency, advance)
     except (OSError, EngineDead) as error:
         raise RunBatchError(f"{error} (what {target} has is kept: --resume goes on)") from None
     finally:
-        await engine.shutdown()
+        await asyncio.gather(*(engine.shutdown() for engine in engines))
     print(f"{len(left)} requests run, {failed} of them refused or failed: {target}", file=sys.stderr)
     return 0
 

@@ -20,6 +20,7 @@ from quire_server.app import create_app, create_metrics_app
 from quire_server.connection import connection_for
 from quire_server.engine import EngineClient
 from quire_server.lifecycle import Lifecycle
+from quire_server.model import Model
 from quire_server.state import Server, Settings
 
 logger = logging.getLogger("quire.server")
@@ -57,7 +58,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    engine: EngineClient,
+    engines: Sequence[EngineClient],
     settings: Settings,
     listener: socket.socket,
     *,
@@ -67,13 +68,14 @@ async def serve(
     on_ready: Callable[[Server], None] | None = None,
     asked: asyncio.Event | None = None,
 ) -> int:
-    """Serve until a signal, or until the engine turns out not to start. Returns the exit status.
+    """Serve until a signal, or until an engine turns out not to start. Returns the exit status. ``engines``: one for each
+    model of ``settings``; requests are taken once all have started.
 
     ``/health`` answers (503) from the beginning; ``on_ready`` is called once requests are served. ``metrics_listener`` is
     where /metrics is when ``settings`` give it a port of its own. With ``asked``, which
     asks to drain when it is set, signals are left alone: only the main thread can have them.
     """
-    server = Server(engine, settings, Lifecycle("loading"))
+    server = Server(engines, settings, Lifecycle("loading"))
     http = [_http(create_app(server), settings, log_level)]
     sockets = [listener]
     if metrics_listener is not None:
@@ -83,7 +85,7 @@ async def serve(
     served = (one.serve(sockets=[each]) for one, each in zip(http, sockets, strict=True))
     serving: asyncio.Future[Any] = asyncio.gather(*served)
     watching = asyncio.create_task(loop_delay.watch(server.metrics.loop_delay))
-    starting = asyncio.create_task(engine.start())
+    starting = asyncio.create_task(start(server.models))
     signalled = asyncio.create_task(stop.asked.wait())
     status = 0
     try:
@@ -114,12 +116,29 @@ async def serve(
             one.should_exit = True
         await asyncio.gather(starting, signalled, watching, serving, return_exceptions=True)
         await server.batches.close()
-        await engine.shutdown()
+        await asyncio.gather(*(engine.shutdown() for engine in engines))
         server.responses.close()
         if server.tracing is not None:
             await asyncio.to_thread(server.tracing.close)
         stop.uninstall()
     return status
+
+
+async def start(models: Sequence[Model]) -> None:
+    """All engines at once. The first error ends the others' starts."""
+
+    async def one(model: Model) -> None:
+        try:
+            await model.engine.start()
+        except (EngineDead, UserError) as error:
+            raise EngineDead(f"{model.name}: {error}" if len(models) > 1 else str(error)) from None
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for model in models:
+                group.create_task(one(model))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def _http(app: FastAPI, settings: Settings, log_level: str) -> _Uvicorn:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
@@ -22,12 +22,11 @@ from quire_server.keys import ApiKeys, current_key
 from quire_server.lifecycle import Lifecycle
 from quire_server.limits import Limits
 from quire_server.metrics import Metrics
+from quire_server.model import Model, ModelSettings
 from quire_server.network import Network
 from quire_server.openai.base import LONG
 from quire_server.openai.responses_background import Background
 from quire_server.openai.responses_store import ResponseStore, StoreSettings
-from quire_server.parsers import Parsers
-from quire_server.text import Text
 from quire_server.tracing import Tracing
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ T = TypeVar("T")
 class Settings:
     """How this server was told to behave."""
 
-    model_names: tuple[str, ...] = ("demo",)  # the first is what answers carry
+    models: tuple[ModelSettings, ...] = (ModelSettings(),)
     api_keys: tuple[str, ...] = ()
     api_key_file: Path | None = None
     max_requests_per_minute_per_key: int | None = None
@@ -50,9 +49,6 @@ class Settings:
     store: StoreSettings = field(default_factory=StoreSettings)
     batches: BatchSettings = field(default_factory=BatchSettings)
     network: Network = field(default_factory=Network)
-    response_role: str = "assistant"
-    chat_template: str | None = None  # instead of the checkpoint's
-    parsers: Parsers = field(default_factory=Parsers)
     trust_request_chat_template: bool = False
     health_timeout: float = 5.0
     access_log: bool = True
@@ -63,13 +59,18 @@ class Settings:
 
 @dataclass
 class Server:
-    engine: EngineClient
+    """``engines``: one for each model of the settings, in their order."""
+
+    engines: Sequence[EngineClient]
     settings: Settings = field(default_factory=Settings)
     lifecycle: Lifecycle = field(default_factory=Lifecycle)
     batches: Batches = field(init=False)  # made with the application, whose routes they run
 
     def __post_init__(self) -> None:
-        self.metrics = Metrics(self.settings.model_names[0])
+        self.metrics = Metrics([model.names[0] for model in self.settings.models])
+        pairs = zip(self.engines, self.settings.models, strict=True)
+        self.models = [Model(self, engine, settings) for engine, settings in pairs]
+        self._by_name = {name: model for model in self.models for name in model.settings.names}
         self.responses = ResponseStore(self.settings.store)
         self.background = Background(self.settings.store.max_background)
         endpoint = self.settings.otlp_traces_endpoint
@@ -78,20 +79,12 @@ class Server:
         self.settings = replace(self.settings, api_keys=())  # only their hashes stay
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="request")
         self._cache_secret = secrets.token_bytes(32)
-        self._text: Text | None = None
         self.created = int(time.time())
         self.fingerprint = f"quire-{__version__}"
 
     @property
     def limits(self) -> Limits:
         return self.settings.limits
-
-    @property
-    def text(self) -> Text:
-        """Tokenizer and chat template; there once the engine has started."""
-        if self._text is None:
-            self._text = Text(self.engine.text, self.settings.chat_template, self.run)
-        return self._text
 
     async def run(self, size: int, work: Callable[[], T]) -> T:
         """``work`` on something of this size: what takes milliseconds is done off the event loop."""
@@ -108,38 +101,22 @@ class Server:
         tenant = blake2b(key.digest, digest_size=16, key=self._cache_secret).hexdigest()
         return tenant if given is None else f"{tenant}:{given}"
 
-    def model(self, name: str | None) -> str:
-        """The name an answer carries. Raises 404 for a model that is not served."""
+    def model(self, name: str | None) -> Model:
+        """The model of this name or alias; without one, the only model. Raises 404 for one that is not served."""
         if name is None:
-            return self.settings.model_names[0]
-        if name not in self.settings.model_names:
-            served = ", ".join(self.settings.model_names)
+            if len(self.models) > 1:
+                message = f"missing required parameter: model; served: {', '.join(self._by_name)}"
+                raise refuse("model", message, "missing_required_parameter")
+            return self.models[0]
+        found = self._by_name.get(name)
+        if found is None:
             raise ApiError(
                 404,
-                f"the model {name[:100]!r} is not served here; served: {served}",
+                f"the model {name[:100]!r} is not served here; served: {', '.join(self._by_name)}",
                 param="model",
                 code="model_not_found",
             )
-        return name
-
-    def room(self, prompt_tokens: int, max_tokens: int | None, param: str) -> int:
-        """Tokens that may be generated. Raises 400 when prompt and ``max_tokens`` exceed the context."""
-        limit = self.engine.info.max_model_len
-        if prompt_tokens >= limit:
-            message = (
-                f"the {param} has {prompt_tokens} tokens; this model's context holds {limit}, "
-                "prompt and output together, so at least one must be left to generate"
-            )
-            raise refuse(param, message, "context_length_exceeded")
-        if max_tokens is None:
-            return limit - prompt_tokens
-        if prompt_tokens + max_tokens > limit:
-            message = (
-                f"this model's context holds {limit} tokens; {prompt_tokens + max_tokens} were requested: "
-                f"{prompt_tokens} in the {param} and {max_tokens} to generate"
-            )
-            raise refuse("max_tokens", message, "context_length_exceeded")
-        return max_tokens
+        return found
 
 
 def server_of(request: Request) -> Server:

@@ -85,6 +85,11 @@ class Text:
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokenizer.token_bytes(token_id)
 
+    def special(self, text: str) -> int | None:
+        """The id of a text that is one special token."""
+        token: int | None = self.tokenizer.token_to_id(text)
+        return token if token is not None and self.tokenizer.is_special(token) else None
+
     async def chat_prompt(self, body: ChatFields, extra: dict[str, Any] | None = None) -> ChatPrompt:
         """The conversation as the model expects it. Raises 400 when the template cannot or will not render it.
 

@@ -36,7 +36,7 @@ class DetokenizeRequest(Strict):
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, server: State) -> Response:
-    server.model(body.model)
+    model = server.model(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise refuse("prompt", "prompt: give either prompt or messages")
     if body.prompt is not None:
@@ -44,25 +44,25 @@ async def tokenize(body: TokenizeRequest, server: State) -> Response:
             if getattr(body, name) is not None:
                 raise refuse(name, f"{name}: only allowed together with messages")
         special = body.add_special_tokens is not False
-        (tokens,) = await server.text.encode([body.prompt], add_special_tokens=special)
+        (tokens,) = await model.text.encode([body.prompt], add_special_tokens=special)
     else:
         body.add_special_tokens = bool(body.add_special_tokens)
         body.check_prompt(server.limits, server.settings.trust_request_chat_template)
-        tokens = (await server.text.chat_prompt(body)).token_ids
+        tokens = (await model.text.chat_prompt(body)).token_ids
     answer: dict[str, Any] = {
         "count": len(tokens),
-        "max_model_len": server.engine.info.max_model_len,
+        "max_model_len": model.engine.info.max_model_len,
         "tokens": tokens,
-        "token_strs": await server.text.tokens(tokens) if body.return_token_strs else None,
+        "token_strs": await model.text.tokens(tokens) if body.return_token_strs else None,
     }
     return json_response(answer)
 
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, server: State) -> Response:
-    server.model(body.model)
-    vocab = server.engine.info.vocab_size
+    model = server.model(body.model)
+    vocab = model.engine.info.vocab_size
     for token in body.tokens:
         if token >= vocab:
             raise refuse("tokens", f"tokens: {token} is not below the vocabulary's size of {vocab}")
-    return json_response({"prompt": await server.text.decode(body.tokens, skip_special_tokens=False)})
+    return json_response({"prompt": await model.text.decode(body.tokens, skip_special_tokens=False)})

@@ -105,6 +105,7 @@ def _attributes(
         "http.response.status_code": status,
         "url.path": path,
         "error.type": error,
+        **{f"quire.metadata.{name}": value for name, value in (seen.metadata or {}).items()},
     }
     if sampling is not None:
         known |= {

@@ -13,26 +13,41 @@ import pytest
 SCRIPTS = Path(__file__).resolve().parents[2] / "bench"
 sys.path.insert(0, str(SCRIPTS))
 
+import cpu_table  # noqa: E402
 import limits  # noqa: E402
 import peers  # noqa: E402
-from model_cost import Workload, read_cost  # noqa: E402
+from model_cost import Decode, ModelCost, Workload, read_cost  # noqa: E402
+from peer import stored_bytes  # noqa: E402
 
 FAKE = """
 import sys
 sys.path.insert(0, {folder!r})
-from protocol import serve
+from protocol import Engine, serve
 
-def load(settings):
-    print("a library that prints")
-    if settings["model"] == "broken":
-        raise RuntimeError("no such model")
-    def generate(prompts, output_len):
-        if settings["model"] == "dies" and len(prompts) > 1:
+class Fake(Engine):
+    version = "1.0"
+    facts = {{"weights": 12345}}
+
+    def __init__(self, settings):
+        print("a library that prints")
+        if settings["model"] == "broken":
+            raise RuntimeError("no such model")
+        self.model = settings["model"]
+        self.held = bytearray(settings["options"].get("bytes", 0))
+
+    def generate(self, prompts, output_len):
+        if self.model == "dies" and len(prompts) > 1:
             raise SystemExit(3)
-        return len(prompts) * (output_len - (settings["model"] == "short"))
-    return generate, "1.0"
+        return len(prompts) * (output_len - (self.model == "short"))
 
-serve(load)
+    def stream(self, prompts, output_len):
+        if self.model == "whole":
+            yield from super().stream(prompts, output_len)
+        yield 0
+        for _ in range(output_len):
+            yield len(prompts)
+
+serve(Fake)
 """
 
 
@@ -91,6 +106,14 @@ def test_bytes_are_those_of_the_weights_and_the_cache(checkpoint):
     assert two - one == 2 * matrices + 4 * 2 * cost.kv_values * 11
 
 
+def test_decode_steps_alone_cost_what_the_later_steps_of_a_workload_cost(checkpoint):
+    cost = read_cost(checkpoint[0])
+    whole, first = Workload(2, 9, 8), Workload(2, 9, 1)
+    for limits_ in ((1.0, math.inf), (math.inf, 1.0)):
+        later = cost.seconds(whole, *limits_) - cost.seconds(first, *limits_)
+        assert cost.seconds(Decode(2, 9, 7), *limits_) == pytest.approx(later)
+
+
 def test_the_bound_of_both_is_below_each(checkpoint):
     cost = read_cost(checkpoint[0])
     allowed = peers.bounds(cost, Workload(8, 32, 64), {"read_gb_s": 1.0, "bf16_gflop_s": 20.0}, "bfloat16")
@@ -142,6 +165,93 @@ def test_a_peer_that_fails_leaves_the_others_measured(fake_peer, monkeypatch):
     assert not short.seconds
 
 
+def test_steps_are_measured_behind_prompts_that_are_computed_once(fake_peer, monkeypatch):
+    monkeypatch.setattr(peers, "measure", lambda threads, seconds: {"read_gb_s": 1.0, "bf16_gflop_s": 1.0})
+    asked: list[tuple[str, dict]] = []
+    exchange = peers.Peer._exchange
+    monkeypatch.setattr(peers.Peer, "_exchange", lambda peer, m: (asked.append((peer.name, m)), exchange(peer, m))[1])
+    two, work = [fake_peer("one"), fake_peer("whole", "whole")], Decode(3, 5, 4)
+    with peers.running(two, {"threads": 1}):
+        assert len(peers.play_decode(two, [work, Decode(1, 7, 4)], 2, vocab_size=100, threads=1)) == 4
+    one, whole = two
+    assert one.failed is None
+    assert {str(each): len(times) for each, times in one.seconds.items()} == {
+        "3 x decode at 5": 2,
+        "1 x decode at 7": 2,
+    }
+    steps = [next(iter(message)) for name, message in asked if name == "one"][1:]
+    assert steps == ["open", "more", "more", "more", "close"] * 2
+    assert "does not go step by step" in whole.failed
+    assert not whole.seconds
+
+
+def test_a_peers_memory_is_its_peak(fake_peer):
+    small, large = fake_peer("small"), fake_peer("large")
+    large.options = {"bytes": 64 << 20}
+    with peers.running([small, large], {"threads": 1}):
+        for peer in (small, large):
+            peer.weigh()
+    assert small.memory["weights"] == 12345
+    assert (60 << 20) < large.memory["peak"] - small.memory["peak"] < (72 << 20)
+    cost = ModelCost(body=1, head=1, kv_values=100, attention=1, vocab_size=10)
+    above = peers.above_bytes(large, [Workload(2, 3, 4), Decode(1, 20, 5)], cost, "bfloat16")
+    assert above == large.memory["peak"] - 12345 - 2 * 100 * 25
+
+
+def test_a_first_token_is_timed_from_the_start_of_the_process(fake_peer):
+    peer, broken = fake_peer("fine"), fake_peer("broken", "broken")
+    peers.play_first_token([peer, broken], {"threads": 1}, 2, vocab_size=100)
+    assert len(peer.seconds["first token"]) == 2
+    assert 0.01 < min(peer.seconds["first token"]) < 60
+    assert "no such model" in broken.failed
+
+
+def test_the_bytes_of_a_model_that_a_peer_brings(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(bytes(10))
+    (tmp_path / "b.safetensors").write_bytes(bytes(5))
+    assert stored_bytes(tmp_path) == 15
+    (tmp_path / "openvino_model.bin").write_bytes(bytes(7))
+    assert stored_bytes(tmp_path) == 7
+    assert stored_bytes(tmp_path / "a.safetensors") == 10
+
+
+def test_the_table_judges_each_row_in_its_own_run(tmp_path, capsys):
+    one = str(cpu_table.ONE)
+    rows = [
+        {"name": "quire", "speeds": {one: 30.0}, "memory": {"peak": 9 << 20, "weights": 1 << 20, "above": 2 << 20}},
+        {"name": "openvino", "speeds": {one: 20.0}, "memory": {}},
+        {"name": "llamacpp", "speeds": {}, "memory": {}},
+        {"name": "limit: memory", "speeds": {one: 40.0}},
+        {"name": "limit: both", "speeds": {one: 40.0}},
+    ]
+    (tmp_path / "qwen05-bf16.json").write_text(json.dumps({"rows": rows}))
+    start = [{"name": "quire", "speeds": {}, "first_token_s": 2.5}]
+    (tmp_path / "qwen05-bf16-start.json").write_text(json.dumps({"rows": start}))
+    table = cpu_table.merge(tmp_path)
+    first = table["rows"][0]
+    assert (first["best_peer"], first["ratio"], first["limit"], first["reach"]) == ("openvino", 1.5, 40.0, 1.1)
+    assert "ratio" not in table["rows"][1], "a row that no peer has is not judged"
+    assert table["rows"][-1] == {
+        "piece": "qwen05-bf16-start", "shape": "qwen05", "weights": "bf16", "row": "first token, s",
+        "values": {"quire": 2.5}, "reach": 3.0,
+    }  # fmt: skip
+    cpu_table.show(table)
+    shown = capsys.readouterr().out
+    assert (
+        "| qwen05, bf16 | 1 x (32 -> 64) | quire 30.0 (75%); openvino 20.0 (50%); llamacpp failed | 1.50 | 1.1 |"
+        in shown
+    )
+    assert "quire 2 MiB of 9" in shown
+
+
+def test_every_row_of_the_issue_is_in_a_piece():
+    known = cpu_table.pieces()
+    for shape in cpu_table.SHAPES:
+        for weights, reach in cpu_table.REACH.items():
+            measured = {w for p in known.values() if (p.shape, p.weights) == (shape, weights) for w in p.work}
+            assert set(reach) <= measured
+
+
 def test_an_interpreter_that_is_not_there(fake_peer):
     peer = fake_peer("absent")
     peer.python = "/nowhere/python"
@@ -178,6 +288,7 @@ def test_a_peer_with_a_model_and_a_suffix():
 def test_limits_are_measured():
     """No claim about how fast, only that each way says something possible."""
     rates = [limits.read_torch(1, 0.0, mebibytes=8), limits.matmul("bfloat16", 1, 0.0, size=64)]
+    rates += [limits.matmul_int8(1, 0.0, size=64)]
     if shutil.which("cc"):
         rates.append(limits.read_c(1, 0.0, mebibytes=2))
     for values in rates:

@@ -220,6 +220,16 @@ class GatesBeforeTheActivation(Host):
         return out
 
 
+class RowsOfAnotherLayout(Host):
+    """Packs a layout of its own, with products that know it, but still declares that rows are looked up in it."""
+
+    def pack_weight(self, raw, format="dense"):
+        return super().pack_weight(raw, format).flip(0)
+
+    def linear(self, x, weight, bias=None):
+        return super().linear(x, weight.flip(0), bias)
+
+
 class EpsOutsideTheRoot(Host):
     def rms_norm(self, x, weight, spec, residual=None):
         s = x if residual is None else x + residual
@@ -313,6 +323,7 @@ CAUGHT_BY = {
     OneScaleForABatch: ("operations", "quantized_linear"),
     LastOfEquals: ("operations", "route"),
     GatesBeforeTheActivation: ("operations", "quantized_moe"),
+    RowsOfAnotherLayout: ("operations", "embed_of_a_packed_table"),
     EpsOutsideTheRoot: ("operations", "norm_of_small_numbers"),
     PaddingIsNotZero: ("attention", "padding_rows_are_zero"),
     MixesGroups: ("attention", "two_groups_of_layers"),

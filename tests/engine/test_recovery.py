@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import quire.engine.client as client
+import quire.engine.spare as spare
 from quire import SamplingParams
 from quire.engine.journal import Journal, digest
 from quire.engine.recovery import MAX_KILLS, PROBE_TOKENS, OpenRequest, Recovery
@@ -47,7 +48,7 @@ def undisturbed(tiny) -> list:
 )
 def test_poison_is_failed_by_itself(tiny, undisturbed, monkeypatch, caplog, poisons, options):
     monkeypatch.setattr(client, "NEW_SHAPE_FACTOR", 1)
-    monkeypatch.setattr(client, "COMMAND", (sys.executable, str(Path(poisoned.__file__))))
+    monkeypatch.setattr(spare, "COMMAND", (sys.executable, str(Path(poisoned.__file__))))
     caplog.set_level(logging.INFO, "quire.client")
 
     async def scenario(llm):

@@ -219,3 +219,17 @@ def test_values_are_no_schemas(compiler):
         {"properties": {"uniqueItems": {"const": False}}, "required": ["uniqueItems"]},
         '{"uniqueItems":false}',
     )
+
+
+def test_objects_can_be_closed(compiler):
+    """vLLM's option: where a schema names properties and says nothing of others, there are none."""
+    open_one = {"type": "object", "properties": {"a": {"type": "object"}, "b": {"properties": {"properties": {}}}}}
+    told = {"type": "object", "properties": {"a": {}}, "additionalProperties": {"type": "null"}}
+    cases = {
+        '{"a":{"x":1}}': (open_one, True), '{"c":1}': (open_one, False), '{"b":{"properties":1}}': (open_one, True),
+        '{"b":{"q":1}}': (open_one, False), '{"z":null}': (told, True), '{"z":1}': (told, False),
+    }  # fmt: skip
+    for text, (schema, allowed) in cases.items():
+        matcher = compiler.matcher(StructuredOutputs(json=schema, disable_additional_properties=True))
+        ids = compiler._open().encode(text, add_special_tokens=False)
+        assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) == allowed, text

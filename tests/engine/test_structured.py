@@ -258,6 +258,8 @@ def test_specification_is_checked():
         dict(json_object=False),
         dict(regex=""),
         dict(regex="a", disable_any_whitespace=True),
+        dict(json_object=True, disable_additional_properties=True),
+        dict(json={}, disable_additional_properties=1),
     ):
         with pytest.raises(InvalidParameter) as refused:
             StructuredOutputs(**wrong)
@@ -332,3 +334,30 @@ def test_masks(compiler):
     for row in (1, 2, 3):
         states.release(row)
     assert states.begin([1, 2, 3]) is None
+
+
+@pytest.mark.parametrize(
+    ("structure", "text"),
+    [
+        ({"regex": r"[A-Z][a-z]+( [a-z]+){0,20}\."}, "The quick brown fox jumps over the lazy dog."),
+        ({"regex": r"[A-Z][^.!?\n]{10,60}[.!?]"}, "The quick brown fox: 4 jumps, over the lazy dog!"),
+        ({"regex": r"[a-z_]{1,25}"}, "a_name_of_some_letters"),
+        ({"regex": r"\p{L}+( \p{L}+)*"}, "Über den Wolken is a song"),
+        ({"json": PERSON}, '{"name": "Ada Lovelace", "age": 36, "tags": ["a", null, 7]}'),
+        ({"json_object": True}, '{"a": [1, 2.5, {"text": "Free text, of some length: it says much."}]}'),
+        ({"choice": ["red", "dark blue", "dark green"]}, "dark green"),
+    ],
+)
+def test_words_are_only_a_short_cut(compiler, structure, text):
+    """Each mask on the way is the one that a look at every token by itself gives."""
+    tokenizer = compiler._open()
+    plain = GrammarCompiler(lambda: tokenizer, compiler._vocab_size, compiler._eos)
+    plain._tokenizer, plain._vocabulary = tokenizer, plain._load_vocabulary().with_slices([])
+    one, other = (each.matcher(StructuredOutputs(**structure)) for each in (compiler, plain))
+    for token in [*tokenizer.encode(text, add_special_tokens=False), None]:
+        masks = [np.frombuffer(matcher.compute_bitmask(), dtype=np.uint32) for matcher in (one, other)]
+        assert masks[0].any()
+        np.testing.assert_array_equal(*masks)
+        if token is not None:
+            assert one.consume_token(token)
+            assert other.consume_token(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -113,9 +114,31 @@ def test_matrices_are_rounded_while_loading_and_the_head_to_its_own_format(tmp_p
     assert torch.equal(weights.layers[1].attention.out, rounded(raw, FORMATS["int4"]))
     assert not torch.equal(weights.layers[1].attention.out, raw)
     tied = read(tmp_path, config={**CONFIG, "tie_word_embeddings": True}, backend=Asked(), quantization="int4")
-    assert asked[-1] == "int8"
+    assert asked[-9:] == ["int8"] + ["int4"] * 8
     assert torch.equal(tied.embedding, tensors()["model.embed_tokens.weight"])
     assert torch.equal(tied.head, rounded(tied.embedding, FORMATS["int8"]))
+
+
+@pytest.mark.parametrize("quantization", [None, "int4"])
+def test_a_device_that_looks_rows_up_in_what_it_packed_holds_a_tied_table_once(tmp_path, quantization):
+    tied, kept = {**CONFIG, "tie_word_embeddings": True}, []
+
+    class Once(Host):
+        capabilities = replace(Host.capabilities, embed_formats=frozenset({"dense", "int8"}))
+
+    class Twice(Host):
+        capabilities = replace(Host.capabilities, embed_formats=frozenset())
+
+        def pack_weight(self, raw, format="dense"):
+            return super().pack_weight(raw, format).clone()
+
+    put(tmp_path, tensors())
+    for backend in (Once(), Twice()):
+        weights = read(tmp_path, config=tied, backend=backend, quantization=quantization)
+        formats = backend.capabilities.embed_formats
+        kept.append(weight_bytes(Llama().weights(tied), "float32", quantization, True, formats))
+        assert (weights.embedding is weights.head) == bool(formats)
+    assert kept[1] - kept[0] == 50 * 16 * 4
 
 
 def test_a_checkpoint_that_is_overwritten_later_does_not_reach_the_model(tmp_path):

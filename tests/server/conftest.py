@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from quire_server.model import ModelSettings
 from quire_server.serve import bind, serve
 from quire_server.state import Server, Settings
 
@@ -27,7 +28,8 @@ class Live:
     def __init__(
         self, engine: Any, settings: Settings, drain_timeout: float = 5.0, wait: bool = True, **options: Any
     ) -> None:
-        self.engine = engine
+        self.engines = engine if isinstance(engine, list) else [engine]
+        self.engine = self.engines[0]
         self.options = {"drain_timeout": drain_timeout, **options}
         self.server: Server | None = None
         self.ready = threading.Event()
@@ -49,7 +51,7 @@ class Live:
             self.server = server
             self.ready.set()
 
-        self.status = await serve(self.engine, settings, listener, on_ready=on_ready, asked=self.stop, **self.options)
+        self.status = await serve(self.engines, settings, listener, on_ready=on_ready, asked=self.stop, **self.options)
 
     def ask_to_stop(self) -> None:
         self.loop.call_soon_threadsafe(self.stop.set)
@@ -69,7 +71,7 @@ class Live:
 
 @pytest.fixture
 def make_live() -> Iterator[Callable[..., Live]]:
-    """make_live(engine, settings) starts a server; all are stopped at the end."""
+    """make_live(engine, settings) starts a server (of several models, with a list of engines); all are stopped at the end."""
     made: list[Live] = []
 
     def make(engine: Any = None, settings: Settings | None = None, **options: Any) -> Live:
@@ -84,7 +86,7 @@ def make_live() -> Iterator[Callable[..., Live]]:
 @pytest.fixture(scope="module")
 def live() -> Iterator[Live]:
     """One server for tests that leave it as it was."""
-    one = Live(FakeLLM(), Settings(model_names=("demo", "alias/of-it")))
+    one = Live(FakeLLM(), Settings(models=(ModelSettings(names=("demo", "alias/of-it")),)))
     yield one
     one.close()
 

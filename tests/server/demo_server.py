@@ -29,13 +29,13 @@ ADD_PARAMETERS = {
 class DemoServer:
     """The command in a process of its own. ``first_answer`` is how long it took from the command to a served port."""
 
-    def __init__(self, *flags: str) -> None:
+    def __init__(self, *flags: str, models: tuple[str, ...] = ("demo",)) -> None:
         command = [sys.executable, "-c", "import sys; from quire.cli.main import main; sys.exit(main())", "serve"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         environment.pop("QUIRE_API_KEY", None)
         began = time.monotonic()
         self.process = subprocess.Popen(
-            [*command, "demo", "--device", "cpu", "--threads", "1", "--port", "0", *flags],
+            [*command, *models, "--device", "cpu", "--threads", "1", "--port", "0", *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -48,7 +48,7 @@ class DemoServer:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.printed += line
-            found = re.search(r"Quire serves (\S+) on (http\S+)", line)
+            found = re.search(r"Quire serves (.+) on (http\S+)", line)
             if found:
                 self.base = found[2]
                 break

@@ -40,6 +40,12 @@ class FakeTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id])
 
+    def token_to_id(self, token: str) -> int | None:
+        return EOS if token == "<eos>" else None
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id == EOS
+
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id]) if token_id < 256 else b"<eos>" if token_id == EOS else b"<?>"
 

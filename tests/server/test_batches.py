@@ -461,7 +461,7 @@ class TestOwners:
             return {"owner": request.state.key_name}
 
         async def ask():
-            caller = Caller(Server(FakeLLM()), app)
+            caller = Caller(Server([FakeLLM()]), app)
             assert caller.endpoints == (COMPLETIONS,)
             return await caller.run(parse(jsonl(line("a")), 1, caller.endpoints), "ada")
 
@@ -571,7 +571,7 @@ def test_killed_and_ended_servers_lose_nothing_and_repeat_nothing(tmp_path):
 class TestRunBatch:
     def run(self, source, target, resume=False, engine=None, at_once=3):
         engine = engine or FakeLLM()
-        assert asyncio.run(run_batch(engine, Settings(), str(source), str(target), at_once, resume)) == 0
+        assert asyncio.run(run_batch([engine], Settings(), str(source), str(target), at_once, resume)) == 0
         return engine
 
     def test_every_line_has_its_answer(self, tmp_path, capsys):
@@ -650,7 +650,7 @@ def test_input_keeps_only_places_in_memory(tmp_path):
     """Blank lines count for the numbers, and a line is found again by its place."""
     path = tmp_path / "in"
     path.write_bytes(b"\n" + jsonl(line("a")) + b"  \r\n" + jsonl(line("b", n=3)).rstrip(b"\n"))
-    lines = Input(path, (COMPLETIONS,), 10_000)
+    lines = Input(path, (COMPLETIONS,), Limits(max_body_bytes=10_000, max_body_values=100))
     assert lines.check() == []
     assert [(lines.line(i).number, lines.line(i).custom_id, lines.line(i).sequences) for i in range(2)] == [
         (2, "a", 1), (4, "b", 3),

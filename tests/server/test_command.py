@@ -19,6 +19,7 @@ from fake import FakeLLM
 from quire.errors import ConfigError
 from quire_server import cli
 from quire_server.limits import Limits
+from quire_server.model import ModelSettings
 from quire_server.network import Network
 from quire_server.serve import ServeError
 from quire_server.state import Settings
@@ -32,7 +33,7 @@ from quire_server.serve import bind, serve
 from quire_server.state import Settings
 listener = bind("127.0.0.1", 0)
 ready = lambda server: print(listener.getsockname()[1], flush=True)
-server = serve(FakeLLM(delay=0.02), Settings(), listener, drain_timeout=float(sys.argv[2]), on_ready=ready)
+server = serve([FakeLLM(delay=0.02)], Settings(), listener, drain_timeout=float(sys.argv[2]), on_ready=ready)
 sys.exit(asyncio.run(server))
 """
 
@@ -67,7 +68,7 @@ def test_banner_works_when_pasted(make_live, template, keys):
 def test_flags_become_settings(monkeypatch, tmp_path):
     monkeypatch.delenv("QUIRE_API_KEY", raising=False)
     local = Network(host="127.0.0.1")
-    assert cli._settings(parse()) == Settings(model_names=("demo",), network=local)
+    assert cli._settings(parse()) == Settings(models=(ModelSettings(names=("demo",)),), network=local)
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages }}")
     args = parse(
@@ -75,17 +76,15 @@ def test_flags_become_settings(monkeypatch, tmp_path):
         "--response-role", "bot", "--trust-request-chat-template", "--disable-access-log", "--health-timeout", "1.5",
     )  # fmt: skip
     assert cli._settings(args) == Settings(
-        model_names=(tmp_path.name,),
+        models=(ModelSettings(names=(tmp_path.name,), response_role="bot", chat_template="{{ messages }}"),),
         api_keys=("a", "b"),
         limits=Limits(max_n=4),
         network=local,
-        response_role="bot",
-        chat_template="{{ messages }}",
         trust_request_chat_template=True,
         health_timeout=1.5,
         access_log=False,
     )
-    assert cli._settings(parse("x", "--served-model-name", "one", "two")).model_names == ("one", "two")
+    assert cli._settings(parse("x", "--served-model-name", "one", "two")).models[0].names == ("one", "two")
     monkeypatch.setenv("QUIRE_API_KEY", "from-environment")
     assert cli._settings(parse()).api_keys == ("from-environment",)
     assert cli._settings(parse("x", "--api-key", "flag")).api_keys == ("flag",)

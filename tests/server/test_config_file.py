@@ -10,6 +10,7 @@ from quire.cli.engine_args import engine_config
 from quire.cli.main import main
 from quire.errors import ConfigError
 from quire_server import cli
+from quire_server.model_args import each_model
 
 TOML = """
 model = "some/model"
@@ -56,9 +57,11 @@ def parsed(tmp_path):
 @pytest.mark.parametrize(("content", "suffix"), [(TOML, ".toml"), (YAML, ".yaml"), (YAML, ".yml")])
 def test_what_the_file_says_acts(parsed, content, suffix):
     args = parsed(content, suffix=suffix)
-    assert (args.model, args.port, args.log_format, args.drain_timeout) == ("some/model", 9000, "json", 5.0)
-    settings, config = cli._settings(args), engine_config(args)
-    assert settings.model_names == ("a", "b")
+    assert (args.model, args.port, args.log_format, args.drain_timeout) == (["some/model"], 9000, "json", 5.0)
+    (model,) = each_model(args)
+    settings, config = cli._settings(args), engine_config(model)
+    assert config.model == "some/model"
+    assert settings.models[0].names == ("a", "b")
     assert settings.api_keys == ("one", "two")
     assert settings.limits.max_n == 3
     assert config.scheduler.max_model_len == 32 * 1024
@@ -70,7 +73,11 @@ def test_what_the_file_says_acts(parsed, content, suffix):
 
 def test_the_command_line_beats_the_file(parsed):
     args = parsed(TOML, "other", "--port", "8000", "--api-key", "three", "--enable-prefix-caching", "--max-n", "9")
-    assert (args.model, args.port, args.api_key) == ("other", 8000, ["three"])  # 8000 is the default too, but was said
+    assert (args.model, args.port, args.api_key) == (
+        ["other"],
+        8000,
+        ["three"],
+    )  # 8000 is the default too, but was said
     assert args.enable_prefix_caching is True
     assert args.max_n == 9
     assert args.log_format == "json"
@@ -80,7 +87,10 @@ def test_without_a_file_nothing_changes():
     plain = argparse.ArgumentParser()
     cli.add_arguments(plain)
     flags = ["x", "--port", "1"]
-    assert cli.parse(argparse.ArgumentParser(), flags) == plain.parse_args(flags)
+    parsed = cli.parse(argparse.ArgumentParser(), flags)
+    assert parsed.said == {"model", "port"}
+    parsed.said = frozenset()
+    assert parsed == plain.parse_args(flags)
 
 
 @pytest.mark.parametrize(
@@ -135,8 +145,8 @@ def test_dump_is_a_file_that_says_the_same(tmp_path, capsys, parsed, monkeypatch
     assert 'dtype = "auto"  # default' in printed
     assert "max-n = 7\n" in printed
     again, before = vars(parsed(printed)), vars(parsed(TOML, "--max-n", "7"))
-    assert {k: v for k, v in again.items() if k not in ("config", "api_key")} == {
-        k: v for k, v in before.items() if k not in ("config", "api_key")
+    assert {k: v for k, v in again.items() if k not in ("config", "api_key", "said")} == {
+        k: v for k, v in before.items() if k not in ("config", "api_key", "said")
     }
 
 

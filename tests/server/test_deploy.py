@@ -32,7 +32,7 @@ DRAIN = 60  # --drain-timeout's default
 
 def served(path: str) -> bool:
     """Whether the server has such a route."""
-    return path in create_app(Server(FakeLLM())).openapi()["paths"]
+    return path in create_app(Server([FakeLLM()])).openapi()["paths"]
 
 
 def flags_of(arguments: list[str]) -> None:
@@ -179,4 +179,4 @@ def test_the_configuration_in_the_manifest_is_one(tmp_path):
     folder, name = container["volumeMounts"][0]["mountPath"], "quire.toml"
     assert container["args"] == ["--config", f"{folder}/{name}"]
     args = cli.parse(argparse.ArgumentParser(), ["--config", str(path)])
-    assert (args.model, args.drain_timeout) == ("demo", 60.0)
+    assert (args.model, args.drain_timeout) == (["demo"], 60.0)

@@ -13,6 +13,7 @@ from conftest import eventually
 from fake import FakeLLM
 
 from quire_server.limits import Limits
+from quire_server.model import ModelSettings
 from quire_server.state import Settings
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -74,7 +75,7 @@ REFUSED_CHAT = {
     "max_completion_tokens": 10**9,
     "tool_choice": "required",  # without tools
     "store": True,
-    "metadata": {"a": "b"},
+    "metadata": {"a": "b" * 513},
     "modalities": ["audio"],
     "audio": {},
     "functions": [],
@@ -182,7 +183,9 @@ def test_deep_tool_schema(http):
 
 
 def test_template_that_refuses(make_live):
-    live = make_live(settings=Settings(chat_template="{{ raise_exception('roles must alternate') }}"))
+    live = make_live(
+        settings=Settings(models=(ModelSettings(chat_template="{{ raise_exception('roles must alternate') }}"),))
+    )
     with live.http() as http:
         error = error_of(http.post("/v1/chat/completions", json=CHAT), 400)
         assert "roles must alternate" in error["message"]

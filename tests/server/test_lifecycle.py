@@ -68,7 +68,7 @@ def test_slow_reader_holds_the_stream_back(make_live):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.sendall(raw({**LONG, "max_tokens": 900_000, "stream": True}))
         assert eventually(lambda: bool(live.engine.running))
-        counter = live.server.metrics.itl
+        counter = live.server.models[0].metrics.itl
         assert eventually(lambda: _settled(counter))
         assert live.engine.running
     assert eventually(lambda: not live.engine.running)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from dataclasses import fields
 
 import pytest
 from fake import TOKENIZER, FakeLLM
+from hypothesis import given
+from hypothesis import strategies as st
 from test_command import parse
 
 from quire.sampling.params import ParamLimits
 from quire_server import cli, text
-from quire_server.limits import Limits
+from quire_server.limits import Limits, has_more_values
 from quire_server.openai.chat_schema import MOST_PARTS, Message
 from quire_server.state import Settings
 
@@ -39,6 +42,7 @@ CASES = {
                             {"chat_template_kwargs": {"enable_thinking": True, "x": 1}}),
     "max_template_chars": (20, CHAT, {"chat_template": "{{ 1 }}{{documents}}"}, {"chat_template": "{{ 1 }} {{documents}}"}),
     "max_body_bytes": (100, TEXT, {"prompt": "x" * 50}, {"prompt": "x" * 100}),
+    "max_body_values": (5, TEXT, {"prompt": [1, 2, 3, 4, 5]}, {"prompt": [1, 2, 3, 4, 5, 6]}),
 }  # fmt: skip
 ELSEWHERE = {
     "body_timeout": "test_broken_clients.py::test_body_in_drops",
@@ -62,7 +66,7 @@ def test_at_the_limit_and_over_it(make_live, name):
     with live.http() as http:
         assert http.post(route, json={**base, **allowed}).status_code == 200
         answer = http.post(route, json={**base, **refused})
-    assert answer.status_code == (413 if name == "max_body_bytes" else 400)
+    assert answer.status_code == (413 if name.startswith("max_body") else 400)
     assert f"--{name.replace('_', '-')}" in answer.json()["error"]["message"]
 
 
@@ -70,7 +74,7 @@ def test_every_limit_is_a_flag_with_a_modest_default():
     for item in fields(Limits):
         flag = f"--{item.name.replace('_', '-')}"
         assert getattr(cli._settings(parse("demo", flag, "7")).limits, item.name) == 7
-        most = 8 * 2**20 if item.name == "max_body_bytes" else 2**17
+        most = {"max_body_bytes": 8 * 2**20, "max_body_values": 2**20}.get(item.name, 2**17)
         assert 0 < item.default <= most, flag
 
 
@@ -105,6 +109,33 @@ def test_parts_are_counted_before_they_are_made_into_anything(http, monkeypatch,
     error = http.post(route, json={"messages": [USER], field: value}).json()["error"]
     assert (error["param"], error["code"]) == (field, "too_many_parts")
     assert str(MOST_PARTS) in error["message"]
+
+
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(alphabet=',"\\\\a[]{}:'),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(alphabet=',"\\\\a'), inner),
+        max_leaves=40,
+    ),
+    st.integers(1, 30),
+    st.booleans(),
+)
+def test_values_are_counted_without_their_texts(value, most, compact):
+    """Every comma outside of a text stands before one more."""
+
+    def commas(value):
+        if isinstance(value, dict):
+            return max(len(value) - 1, 0) + sum(map(commas, value.values()))
+        return max(len(value) - 1, 0) + sum(map(commas, value)) if isinstance(value, list) else 0
+
+    body = json.dumps(value, separators=(",", ":") if compact else None, ensure_ascii=False).encode()
+    assert has_more_values(body, most) == (commas(value) + 1 > most)
+
+
+def test_many_values_are_refused_before_they_are_read(http, monkeypatch):
+    monkeypatch.setattr("quire_server.routing.from_json", None)
+    answer = http.post(TEXT, json={"prompt": [1] * (2**20 + 1)})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_values")
 
 
 def test_names_for_the_template_are_names(http, monkeypatch):

@@ -49,6 +49,7 @@ def access(lines, path):
 def test_a_request_is_one_object_with_its_numbers(make_live, lines, stream):
     live = make_live(FakeLLM(delay=0.001))
     body = {"messages": [{"role": "user", "content": SECRET}], "max_tokens": 7, "stream": stream, "user": "ann"}
+    body["metadata"] = {"team": "birds"}
     answer = httpx.post(f"{live.base}/v1/chat/completions", json=body, headers={"X-Request-Id": "mine-1"}, timeout=20)
     line = access(lines, "/v1/chat/completions")
     assert datetime.fromisoformat(line["time"]).utcoffset() is not None
@@ -56,6 +57,7 @@ def test_a_request_is_one_object_with_its_numbers(make_live, lines, stream):
     assert (line["request_id"], line["model"], line["method"], line["status"]) == ("mine-1", "demo", "POST", 200)
     assert (line["completion_tokens"], line["finish_reasons"], line["user"]) == (7, ["length"], "ann")
     assert line["cached_tokens"] == 3
+    assert line["metadata"] == {"team": "birds"}
     assert line["prompt_tokens"] == len(f"<user>{SECRET}</user><assistant>")
     assert 0 < line["ttft_ms"] <= line["duration_ms"]
     assert SECRET not in json.dumps(lines())

@@ -270,6 +270,50 @@ def test_truncated_prompt(client):
     done = client.completions.create(model="demo", prompt="abc", max_tokens=3, echo=True, extra_body=extra)
     assert done.usage.prompt_tokens == 2
     assert done.choices[0].text.startswith("bc")
+    extra["truncation_side"] = "right"
+    done = client.completions.create(model="demo", prompt="abc", max_tokens=3, echo=True, extra_body=extra)
+    assert done.choices[0].text.startswith("ab")
+    with pytest.raises(openai.BadRequestError, match="truncation_side"):
+        client.completions.create(model="demo", prompt="abc", extra_body={"truncation_side": "left"})
+
+
+def test_an_id_of_the_callers_own(client, http):
+    """In the body, as vLLM takes it; a header beats it."""
+    body = {"model": "demo", "prompt": "abc", "request_id": "job:7"}
+    ids = [http.post("/v1/completions", json=body).json()["id"] for _ in range(2)]
+    assert all(one.startswith("cmpl-job:7-") for one in ids)
+    assert len(set(ids)) == 2, "given twice, it is two answers"
+    answer = http.post("/v1/completions", json=body, headers={"X-Request-Id": "mine"}).json()
+    assert answer["id"].startswith("cmpl-mine")
+    assert (
+        client.chat.completions.create(model="demo", messages=ASK, extra_body={"request_id": "a"}).id[:11]
+        == "chatcmpl-a-"
+    )
+    with pytest.raises(openai.BadRequestError, match="request_id"):
+        client.completions.create(model="demo", prompt="abc", extra_body={"request_id": "two words"})
+
+
+def test_only_the_allowed_tools_are_in_the_prompt(client, live):
+    tools = [{"type": "function", "function": {"name": name}} for name in ("north", "south", "west")]
+
+    def choice(*names, mode="auto"):
+        named = [{"type": "function", "function": {"name": name}} for name in names]
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+
+    def prompt(chosen):
+        extra = {"return_token_ids": True}
+        made = client.chat.completions.create(
+            model="demo", messages=ASK, max_tokens=1, tools=tools, tool_choice=chosen, extra_body=extra
+        )
+        return bytes(made.prompt_token_ids).decode()
+
+    assert prompt(choice("north", "west")).count('"name"') == 2
+    assert "south" not in prompt(choice("north", "west"))
+    assert "south" in prompt("auto")
+    with pytest.raises(openai.BadRequestError, match="tool_choice: no tool is named 'east'"):
+        prompt(choice("east"))
+    with pytest.raises(openai.BadRequestError, match=r"tool_choice\.custom: custom tools are not supported"):
+        prompt({"type": "custom", "custom": {"name": "north"}})
 
 
 def test_tokens_as_ids(client):

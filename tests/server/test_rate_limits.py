@@ -82,7 +82,7 @@ def test_requests_a_minute(make_live, file):
     for _ in range(10):
         assert httpx.get(f"{live.base}/health").status_code == 200
         text = httpx.get(f"{live.base}/metrics", headers=header("bob-s-key")).text
-    assert 'quire:rate_limited_requests_by_key_total{key="bob",model_name="demo"} 2.0' in text
+    assert 'quire:rate_limited_requests_by_key_total{key="bob"} 2.0' in text
     for _ in range(4):
         alice.completions.create(model="demo", prompt="x")
     with pytest.raises(openai.RateLimitError):
@@ -119,10 +119,27 @@ def test_requests_at_once(make_live, file):
         assert client.completions.create(model="demo", prompt="x").choices
 
 
+def test_responses_in_the_background_count_as_open(make_live, file):
+    """A key of one request at once has one at work: it can look at it and end it, and not begin another."""
+    live = make_live(FakeLLM(delay=0.02), Settings(api_key_file=file, max_concurrent_requests_per_key=1))
+    alice = live.openai(api_key="alice-key")
+    began = alice.responses.create(model="demo", input="x", background=True, extra_body={"ignore_eos": True})
+    for begin in (
+        lambda: alice.completions.create(model="demo", prompt="x"),
+        lambda: alice.responses.create(model="demo", input="x", background=True),
+    ):
+        with pytest.raises(openai.RateLimitError, match="limit is 1 at once"):
+            begin()
+    assert alice.responses.retrieve(began.id).status in ("queued", "in_progress")
+    assert live.openai(api_key="bob-s-key").completions.create(model="demo", prompt="x").choices
+    assert alice.responses.cancel(began.id).status == "cancelled"
+    assert alice.completions.create(model="demo", prompt="x").choices
+
+
 def test_a_client_that_waits_as_told_is_served(make_live, file):
     live = make_live(settings=Settings(api_key_file=file, max_requests_per_minute_per_key=40))
     patient = live.openai(api_key="alice-key", max_retries=5)
-    refused = live.server.metrics._limited.labels("demo", "alice")._value
+    refused = live.server.metrics._limited.labels("alice")._value
     asked = 0
     while not refused.get() and asked < 200:
         assert patient.models.list().data
@@ -138,13 +155,13 @@ def test_nothing_is_kept_of_what_has_ended():
         if scope["path"] == "/fails":
             raise RuntimeError
 
-    limiter = RateLimitMiddleware(app, Metrics("demo"), None, 3, clock=lambda: 0.0)
+    limiter = RateLimitMiddleware(app, Metrics(["demo"]), None, 3, clock=lambda: 0.0)
 
     async def ask():
         current_key.set(Key("alice", b""))
         for path in ["/v1/models", "/fails"] * 5:
             try:
-                await limiter({"type": "http", "path": path}, None, None)
+                await limiter({"type": "http", "method": "POST", "path": path}, None, None)
             except RuntimeError:
                 assert path == "/fails"
 

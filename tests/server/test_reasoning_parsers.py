@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_tool_parsers import HOSTILE, TOOLS, merged
 
+from quire_server.model import ModelSettings
 from quire_server.parsers import REASONING_MARKS, Parsers, chosen
 from quire_server.reasoning_parsers import BUILT_IN, load
 from quire_server.state import Settings
@@ -159,7 +160,7 @@ def ask(live, text, **options):
 
 
 def test_openai_client(make_live):
-    live = make_live(FakeLLM(), Settings(chat_template=THINKING))
+    live = make_live(FakeLLM(), Settings(models=(ModelSettings(chat_template=THINKING),)))
     think = {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}
     assert ask(live, ANSWER, **think, tools=TOOLS) == ("Two and two.", "I ask.", ["now"])
     assert ask(live, "Two and two.\n</think>\n\nFour.", **think) == ("Two and two.", "Four.", [])
@@ -169,12 +170,16 @@ def test_openai_client(make_live):
     assert ask(live, "<think>" + ANSWER.split("\n\n")[1] + "</think>Hm.", tools=TOOLS)[1:] == ("Hm.", [])
     hidden = {"extra_body": {"include_reasoning": False, "chat_template_kwargs": {"enable_thinking": True}}}
     assert ask(live, ANSWER, **hidden, tools=TOOLS) == ("", "I ask.", ["now"])
-    off = make_live(FakeLLM(), Settings(chat_template=THINKING, parsers=Parsers(reasoning="none")))
+    off = make_live(
+        FakeLLM(), Settings(models=(ModelSettings(chat_template=THINKING, parsers=Parsers(reasoning="none")),))
+    )
     assert ask(off, "Two.</think>Four.", **think) == ("", "Two.</think>Four.", [])
 
 
 def test_reasoning_goes_back(make_live):
-    live = make_live(FakeLLM(), Settings(chat_template=THINKING + "{{ messages[1].reasoning_content }}"))
+    live = make_live(
+        FakeLLM(), Settings(models=(ModelSettings(chat_template=THINKING + "{{ messages[1].reasoning_content }}"),))
+    )
     live.engine.script = "<think>Two and two.</think>Four."
     client = live.openai()
     user = {"role": "user", "content": "x"}
@@ -188,13 +193,15 @@ def test_reasoning_goes_back(make_live):
 
 def test_harmony(make_live):
     """One parser reads reasoning, answer and calls; without tools its marks are no content either."""
-    live = make_live(FakeLLM(), Settings(chat_template=TEMPLATE + "{# <|channel|><|message|> #}"))
+    live = make_live(
+        FakeLLM(), Settings(models=(ModelSettings(chat_template=TEMPLATE + "{# <|channel|><|message|> #}"),))
+    )
     assert ask(live, HARMONY) == ("Two and two.", "Four.", [])
     call = HARMONY.replace(
         "final<|message|>Four.<|return|>", "commentary to=functions.now <|constrain|>json<|message|>{}"
     )
     assert ask(live, call, tools=TOOLS) == ("Two and two.", "", ["now"])
     assert live.engine.opened[-1][1].skip_special_tokens is False
-    only = make_live(FakeLLM(), Settings(parsers=Parsers(tool="openai", reasoning="none")))
+    only = make_live(FakeLLM(), Settings(models=(ModelSettings(parsers=Parsers(tool="openai", reasoning="none")),)))
     assert ask(only, call, tools=TOOLS) == ("Two and two.", "", ["now"])
     assert "openai" in TOOL_PARSERS

@@ -97,7 +97,7 @@ def test_queries_are_refused_by_name(client, http, path, param):
 
 
 def test_one_key_does_not_see_what_another_stored():
-    server = Server(FakeLLM())
+    server = Server([FakeLLM()])
     app = create_app(server)
 
     async def keyed(scope, receive, send):  # as the layer that knows the keys leaves it

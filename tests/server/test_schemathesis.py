@@ -11,7 +11,7 @@ from fuzz import MODES, UNENDING, alive, fuzz, operations
 from quire_server.app import create_app
 from quire_server.state import Server, Settings
 
-DOCUMENT = create_app(Server(FakeLLM())).openapi()
+DOCUMENT = create_app(Server([FakeLLM()])).openapi()
 LABELS = sorted(
     f"{method.upper()} {path}" for path, item in DOCUMENT["paths"].items() for method in item if path not in UNENDING
 )
@@ -51,6 +51,6 @@ def test_the_document():
     for schema in DOCUMENT["components"]["schemas"].values():
         jsonschema.Draft202012Validator.check_schema(schema)
     assert "securitySchemes" not in DOCUMENT["components"]
-    guarded = create_app(Server(FakeLLM(), Settings(api_keys=("secret",)))).openapi()
+    guarded = create_app(Server([FakeLLM()], Settings(api_keys=("secret",)))).openapi()
     assert guarded["security"]
     assert "secret" not in str(guarded["components"])

@@ -130,6 +130,14 @@ def test_forced_calls(client):
     jsonschema.validate(json.loads(streamed[0].arguments), SCHEMAS["double"])
 
 
+def test_allowed_tools_are_forced_alike(client):
+    named = [{"type": "function", "function": {"name": "double"}}]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": named}}
+    for seed in range(2):
+        made = chat(client, tools=TOOLS, tool_choice=choice, seed=seed, temperature=1.5).choices[0]
+        assert {name for name, _ in called(made)} == {"double"}
+
+
 def test_strict_tools_leave_the_model_free(client):
     strict = [tool("add", "a", "b", strict=True)]
     sum_of = [{"role": "user", "content": "What is 12 + 30?"}]

@@ -17,6 +17,7 @@ from quire import plugins
 from quire.errors import ConfigError
 from quire.hardware import hookimpl
 from quire_server import reader, tool_calls
+from quire_server.model import ModelSettings
 from quire_server.parsers import REASONING_MARKS, TOOL_MARKS, Choice, Parsers, chosen
 from quire_server.reader import Reader
 from quire_server.state import Settings
@@ -431,7 +432,7 @@ def test_flags():
     def parsers(*flags):
         args = parser.parse_args(flags)
         args.plugins = None
-        return cli._settings(args).parsers
+        return cli._settings(args).models[0].parsers
 
     assert parsers() == Parsers("auto", "auto")
     assert parsers("--enable-auto-tool-choice", "--tool-call-parser", "hermes") == Parsers("hermes", "auto")
@@ -496,7 +497,7 @@ def ask(live, text, parallel=True, **more):
 @pytest.mark.parametrize("name", TEXTS)
 def test_openai_client(make_live, name):
     """Every format as a server that was told its name serves it."""
-    live = make_live(FakeLLM(), Settings(parsers=Parsers(tool=name)))
+    live = make_live(FakeLLM(), Settings(models=(ModelSettings(parsers=Parsers(tool=name)),)))
     for case in [case for n, case in CALLED if n == name][:2]:
         text, content, expected = TEXTS[name][case]
         choice, calls = ask(live, text, tools=TOOLS)
@@ -517,7 +518,7 @@ def test_ids_and_what_comes_back(make_live):
     result = {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "3"}
     messages = [{"role": "user", "content": "x"}, choice.message.model_dump(), result]
     assert live.openai().chat.completions.create(model="demo", messages=messages, tools=TOOLS).choices
-    kimi = make_live(FakeLLM(), Settings(parsers=Parsers(tool="kimi_k2")))
+    kimi = make_live(FakeLLM(), Settings(models=(ModelSettings(parsers=Parsers(tool="kimi_k2")),)))
     choice, _ = ask(kimi, TEXTS["kimi_k2"]["two"][0], tools=TOOLS)
     assert [call.id for call in choice.message.tool_calls] == ["functions.get_weather:0", "functions.now:1"]
 
@@ -529,7 +530,7 @@ def test_tools_are_the_models_business_only_when_offered(make_live):
     forbidden, _ = ask(live, text, tools=TOOLS, tool_choice="none")
     assert plain.message.content == forbidden.message.content == text
     assert forbidden.finish_reason == "stop"
-    off = make_live(FakeLLM(), Settings(parsers=Parsers(tool="none")))
+    off = make_live(FakeLLM(), Settings(models=(ModelSettings(parsers=Parsers(tool="none")),)))
     left, calls = ask(off, text, tools=TOOLS)
     assert (left.message.content, calls) == (text, [])
     # A call that the limit cuts off is what the model wrote.

@@ -194,7 +194,7 @@ def test_without_the_package_it_is_refused_with_the_command(monkeypatch):
 def test_a_server_that_does_not_trace_loads_none_of_it():
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from fake import FakeLLM; from quire_server.state import Server;"
-        "from quire_server.app import create_app; s = Server(FakeLLM()); create_app(s); assert s.tracing is None;"
+        "from quire_server.app import create_app; s = Server([FakeLLM()]); create_app(s); assert s.tracing is None;"
         "print([m for m in sys.modules if m.startswith(('opentelemetry.sdk', 'opentelemetry.exporter'))])"
     )
     folder = __file__.rpartition("/")[0]

@@ -16,6 +16,7 @@ from quire.errors import EngineDead, QueueFull, UserError
 HELP = "chat in the terminal, with a local model or a server"
 COMMANDS = """\
 /reset            begin anew (the system prompt stays)
+/model [NAME]     what the server serves; talk to another (the conversation stays)
 /system TEXT      set the system prompt and begin anew
 /retry            take the last answer back and ask again
 /help             show this
@@ -44,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 class Model(Protocol):
     name: str
+
+    def others(self) -> list[str]:
+        """Names that ``name`` can be."""
+        ...
 
     def answer(self, messages: list[Message], say: Callable[[str], None]) -> None:
         """Generate; ``say`` gets the text piece by piece. KeyboardInterrupt, raised meanwhile, ends the request."""
@@ -85,6 +90,10 @@ class Remote:
             raise ServerError(f"{self.address.root} serves no model: name one")
         self.name = models[0]["id"]
 
+    def others(self) -> list[str]:
+        """All names that the server knows. Raises ServerError."""
+        return [model["id"] for model in self.address.json("/v1/models").get("data") or []]
+
     def answer(self, messages: list[Message], say: Callable[[str], None]) -> None:
         body = {"model": self.name, "messages": messages, "stream": True, **self.asked}
         with contextlib.closing(self.address.events("/v1/chat/completions", body)) as events:  # type: ignore[type-var]
@@ -116,6 +125,9 @@ class Local:
         except BaseException:
             self.close()
             raise
+
+    def others(self) -> list[str]:
+        return [self.name]
 
     def answer(self, messages: list[Message], say: Callable[[str], None]) -> None:
         try:
@@ -178,6 +190,8 @@ class Chat:
             return False
         if name == "/reset":
             self.reset()
+        elif name == "/model":
+            self.choose(rest.strip())
         elif name == "/system":
             self.system = rest.strip() or None
             self.reset()
@@ -191,6 +205,18 @@ class Chat:
         else:
             print(f"no such command: {name}; /help lists them", file=sys.stderr)
         return True
+
+    def choose(self, name: str) -> None:
+        try:
+            names = self.model.others()
+        except UserError as error:
+            print(f"quire chat: {error}", file=sys.stderr)
+            return
+        if name and name not in names:
+            print(f"no such model: {name}", file=sys.stderr)
+        elif name:
+            self.model.name = name
+        print("\n".join(("* " if one == self.model.name else "  ") + one for one in names))
 
     def respond(self) -> None:
         """One answer. What was said before an interrupt or an error stays in the conversation."""

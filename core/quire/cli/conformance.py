@@ -13,6 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", required=True, metavar="NAME", help="a device that a plugin registers")
     parser.add_argument("--device-index", type=int, default=0, metavar="N", help="which of them (default: 0)")
     parser.add_argument("--threads", type=int, metavar="N", help="host threads, where the device uses them")
+    parser.add_argument(
+        "--isa", metavar="NAME", help="instruction set, where the device has several (default: the best)"
+    )
     parser.add_argument("--batch-invariant", action="store_true", help="open the device in its batch-invariant mode")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="only cases whose names match, as pytest's -k")
@@ -41,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         name=args.device,
         factory=lambda: registry.backend(args.device),
         index=args.device_index,
-        options=DeviceOptions(threads=args.threads, batch_invariant=args.batch_invariant),
+        options=DeviceOptions(threads=args.threads, isa=args.isa, batch_invariant=args.batch_invariant),
         plugin=owner.name,
         distribution=owner.distribution,
         version=owner.version,

@@ -16,6 +16,9 @@ HELP = "check every device: memory, dtypes, a computation, native operations"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="only this one (default: all that are registered)")
     parser.add_argument("--threads", type=int, metavar="N", help="host threads, where the device uses them")
+    parser.add_argument(
+        "--isa", metavar="NAME", help="instruction set, where the device has several (default: the best)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -23,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """0 if a device is usable (the one that was named, if one was)."""
     registry = load(args.plugins)
     names = [args.device] if args.device else sorted(registry.backends)
-    devices = [examine(registry, name, DeviceOptions(threads=args.threads)) for name in names]
+    devices = [examine(registry, name, DeviceOptions(threads=args.threads, isa=args.isa)) for name in names]
     refused = {plugin.name: plugin.error for plugin in registry.plugins if plugin.error}
     if args.json:
         json.dump({"devices": devices, "refused": refused}, sys.stdout, indent=1)
@@ -41,11 +44,11 @@ def examine(registry: Registry, name: str, options: DeviceOptions = DeviceOption
         return report
     report["operations"] = native(backend)
     try:
-        for info in found:
+        backend.open(found[0].index, options)
+        for info in backend.devices():  # again: opening may have said what they compute with
             memory = backend.memory(info.index)
             row = {"index": info.index, "name": info.name, "details": info.details}
             report["found"].append({**row, "free": memory.free, "total": memory.total})
-        backend.open(found[0].index, options)
         capabilities = backend.capabilities  # opening may have made them more exact
         report["graphs"], report["batch_invariant"] = capabilities.graphs, capabilities.batch_invariant
         report["computation"] = {dtype: check(backend, dtype) for dtype in sorted(capabilities.dtypes)}

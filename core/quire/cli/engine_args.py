@@ -27,6 +27,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     group.add_argument("--threads", type=int, help="threads of a CPU device (default: the cores this process may use)")
+    group.add_argument(
+        "--isa", metavar="NAME", help="instruction set, where the device has several (default: the best)"
+    )
     group.add_argument("--batch-invariant", action="store_true", help="refuse a device that cannot promise it")
     group.add_argument("--enforce-eager", action="store_true", help="never capture decode steps")
     group.add_argument("--seed", type=int, default=0, help="seed of dummy weights")

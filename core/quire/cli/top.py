@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from quire.cli.http import API_KEY_VARIABLE, ServerAddress, ServerError
 
@@ -26,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "url", nargs="?", default="http://127.0.0.1:8000", metavar="URL", help="the server (%(default)s)"
     )
     parser.add_argument("--api-key", metavar="KEY", help=f"its API key (default: the variable {API_KEY_VARIABLE})")
+    parser.add_argument("--model", metavar="NAME", help="the one to watch, of several (default: all)")
     parser.add_argument("--interval", type=float, default=1.0, metavar="S", help="seconds between looks (%(default)s)")
     parser.add_argument("--once", action="store_true", help="look twice, an interval apart, print that, and end")
 
@@ -36,24 +38,46 @@ def run(args: argparse.Namespace) -> int:
     address = ServerAddress(args.url, args.api_key, timeout=10.0)
     from rich.console import Console
 
-    history = History()
-    history.add(address.json("/engine"))  # an address that does not answer at all is a mistake, not a state
+    histories = watched(address, args.model)
     console = Console()
     if args.once or not sys.stdout.isatty():
         time.sleep(args.interval)
-        history.add(address.json("/engine"))
-        console.print(picture(history, address.root, console.width))
+        for name in histories:
+            look(address, name, histories[name])
+        console.print(pictures(histories, address.root, console.width))
         return 0
     from rich.live import Live
 
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(picture(history, address.root, console.width), refresh=True)
+            live.update(pictures(histories, address.root, console.width), refresh=True)
             time.sleep(args.interval)
-            try:
-                history.add(address.json("/engine"))
-            except ServerError as error:
-                history.failed(str(error))
+            for name in histories:
+                look(address, name, histories[name])
+
+
+def watched(address: ServerAddress, model: str | None) -> dict[str, History]:
+    """What each model's engine says now. Raises ServerError: an address that does not answer at all is a mistake, not a
+    state."""
+    first = address.json(_path(model))
+    histories = {first["model"]: History()}
+    histories[first["model"]].add(first)
+    for name in first.get("models", ()) if model is None else ():
+        if name not in histories:
+            histories[name] = History()
+            look(address, name, histories[name])
+    return histories
+
+
+def look(address: ServerAddress, name: str, history: History) -> None:
+    try:
+        history.add(address.json(_path(name)))
+    except ServerError as error:
+        history.failed(str(error))
+
+
+def _path(model: str | None) -> str:
+    return "/engine" if model is None else f"/engine?model={quote(model)}"
 
 
 class History:
@@ -89,8 +113,23 @@ class History:
                 setattr(self, name, (view[name]["sum"] - old[name]["sum"]) / count)
 
 
+def pictures(histories: dict[str, History], root: str, width: int) -> Group:
+    """All engines, one below the other."""
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[Any] = []
+    for name, history in histories.items():
+        parts += [Text()] if parts else []
+        if history.view:
+            parts.append(picture(history, root, width))
+        else:
+            parts.append(Text(f"{name} at {root}: {history.error}", style="red"))
+    return Group(*parts)
+
+
 def picture(history: History, root: str, width: int) -> Group:
-    """The whole view, as something that rich prints."""
+    """One engine's view, as something that rich prints."""
     from rich.console import Group
     from rich.markup import escape
     from rich.table import Table

@@ -125,6 +125,7 @@ class Kit:
             "page_size": (sorted({*PAGE_SIZES, *capabilities.page_sizes}), lambda p: p in capabilities.page_sizes),
             "head_size": (sorted({*HEAD_SIZES, low, high}), lambda h: low <= h <= high),
             "quantization": (sorted(FORMATS), lambda q: q in capabilities.quantization),
+            "embed_format": (("dense", *sorted(FORMATS)), lambda f: f in capabilities.embed_formats),
             "collective": (COLLECTIVES, lambda c: c in capabilities.collectives),
         }
         for name, (values, declared) in known.items():

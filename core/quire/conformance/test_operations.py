@@ -79,6 +79,15 @@ def test_embed(backend, dtype):
         both(backend, dtype, lambda b, i, t: b.embed(i, t), torch.tensor(ids, dtype=torch.int64), table)
 
 
+def test_embed_of_a_packed_table(backend, dtype, embed_format):
+    """A tied table is held once: its rows, as they were packed, or as rounding left them, from the packed form."""
+    for tokens, width in ((50, 24), (129, 300)):
+        ids, table = torch.tensor([tokens - 1, 0, 7, 7, 33]), Weight(random(tokens, width), embed_format)
+        (rows,) = both(backend, dtype, lambda b, i, t: b.embed(i, t), ids, table)
+        if embed_format == "dense":
+            assert torch.equal(rows.cpu(), table.value[ids].to(rows.dtype))
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("width", [32, 96, 1000, 5120])
 def test_rms_norm(backend, dtype, width, offset):

@@ -13,6 +13,7 @@ from quire.config import EngineConfig
 from quire.engine.client import EngineProcess
 from quire.engine.inputs import InputProcessor, Prompt
 from quire.engine.outputs import RequestState, merge
+from quire.engine.spare import Spare
 from quire.errors import EngineDead, QueueFull, RequestRefused
 from quire.message import EngineReady, EngineStats, SampleOutput
 from quire.outputs import RequestOutput
@@ -39,9 +40,9 @@ class _Stream:
 class AsyncLLM:
     """``start()`` once, then ``generate()`` any number of times at once, then ``shutdown()``."""
 
-    def __init__(self, config: EngineConfig, limits: ParamLimits = DEFAULT_LIMITS) -> None:
-        """``limits``: how much one request may ask for."""
-        self.config, self.limits = config, limits
+    def __init__(self, config: EngineConfig, limits: ParamLimits = DEFAULT_LIMITS, spare: Spare | None = None) -> None:
+        """``limits``: how much one request may ask for; ``spare``: the spare process of several engines."""
+        self.config, self.limits, self._spare = config, limits, spare
         self.engine: EngineProcess | None = None
         self.text: TextFiles | None = None
         self.inputs: InputProcessor | None = None
@@ -70,7 +71,7 @@ class AsyncLLM:
 
     async def start(self) -> None:
         """Start the engine process and read the tokenizer meanwhile. Raises EngineDead with the reason it gave."""
-        self.engine = EngineProcess(self.config)
+        self.engine = EngineProcess(self.config, spare=self._spare)
         self.engine.spawn()
         try:
             if not self.config.skip_tokenizer_init:

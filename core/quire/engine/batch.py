@@ -44,11 +44,13 @@ class StepArrays:
 class RowTables:
     """Tokens and block tables of all rows.
 
-    ``tokens`` int32 [rows, max_model_len + 1]; ``block_tables[g]`` int32 [rows, ceil(max_model_len / page_size)].
+    ``tokens`` int32 [rows, max_model_len + 1]; ``block_tables[g]`` int32 [rows, ceil(max_model_len / page_size)];
+    ``version`` counts changes of block tables.
     """
 
     def __init__(self, rows: int, max_model_len: int, spec: KVSpec) -> None:
         self.spec = spec
+        self.version = 0
         self.tokens = np.zeros((rows, max_model_len + 1), dtype=np.int32)
         self.known = np.zeros(rows, dtype=np.int64)
         self.prompt_len = np.zeros(rows, dtype=np.int64)
@@ -68,6 +70,7 @@ class RowTables:
         self.known[row] = self.prompt_len[row] = prompt_len
 
     def write_pages(self, plan: StepPlan) -> None:
+        self.version += bool(plan.pages)
         for row, group, first, pages in plan.pages:
             self.block_tables[group][row, first : first + len(pages)] = pages
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
 from quire.engine.memory import MemoryPlan, plan_memory
 from quire.errors import ConfigError, UnsupportedOnDevice
-from quire.hardware import Backend, DeviceOptions
+from quire.hardware import Backend, DeviceOptions, KVSpec, MemoryInfo
 from quire.models.config import read_config
 from quire.models.family import find_family
 from quire.plugins import Registry, load, native
@@ -44,9 +45,30 @@ class Engine:
         self.core.close()
 
 
-def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engine:
-    """Load the model on the device. Raises UserError subclasses, before loading whatever can be known before."""
-    registry = registry or load(config.plugins)
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a model on its device before anything is loaded. Sizes in bytes; ``page_bytes`` per KV group."""
+
+    config: EngineConfig
+    folder: Path
+    spec: ModelSpec
+    maps: Any  # which tensors of the checkpoint make which weights
+    backend: Backend
+    device: str
+    dtype: str
+    kv: KVSpec
+    weights: int
+    page_bytes: tuple[int, ...]
+    memory: MemoryInfo
+
+    def plan(self, config: EngineConfig) -> MemoryPlan:
+        """How ``config`` divides the memory. Raises DoesNotFit."""
+        plan = plan_memory(config, self.spec, self.kv, self.page_bytes, self.weights, self.dtype, self.memory)
+        return replace(plan, device=self.device)
+
+
+def survey(config: EngineConfig, registry: Registry) -> Survey:
+    """Open the device and read the checkpoint's headers. Raises UserError subclasses."""
     folder = resolve_model(config.model, registry.checkpoints, config.revision)
     hf_config = read_config(folder, dict(config.hf_overrides))
     family = find_family(registry.models, hf_config)
@@ -63,11 +85,17 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
         )
     kv = kv_spec(spec, kv_dtype, config.cache.block_size, config.scheduler.max_model_len or None)
     maps = family.weights(hf_config)
-    memory = plan_memory(
-        config, spec, kv, [backend.page_bytes(group) for group in kv.groups],
-        weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings), dtype, backend.memory(config.device_index),
-    )  # fmt: skip
-    memory = replace(memory, device=device)
+    weights = weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings, backend.capabilities.embed_formats)
+    page_bytes = tuple(backend.page_bytes(group) for group in kv.groups)
+    memory = backend.memory(config.device_index)
+    return Survey(config, folder, spec, maps, backend, device, dtype, kv, weights, page_bytes, memory)
+
+
+def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engine:
+    """Load the model on the device. Raises UserError subclasses, before loading whatever can be known before."""
+    found = survey(config, registry or load(config.plugins))
+    spec, backend, dtype, kv, maps = found.spec, found.backend, found.dtype, found.kv, found.maps
+    memory = found.plan(config)
     scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
     cache_config = replace(config.cache, num_pages=memory.pages, num_host_pages=memory.host_pages)
     from quire.engine.runner import Runner
@@ -75,7 +103,7 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     from quire.weights.load import load_weights
 
     weights = load_weights(
-        folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed,
+        found.folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed,
         quantization=config.quantization,
     )  # fmt: skip
     compiler = _grammar_compiler(config, spec)
@@ -85,8 +113,9 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     )  # fmt: skip
     scheduler = Scheduler(scheduler_config, cache_config, kv)
     core = EngineCore(scheduler, runner.run, overlap=scheduler_config.async_scheduling)
+    runner.launched = core.launched
     resolved = replace(config, scheduler=scheduler_config, cache=cache_config)
-    return Engine(core, resolved, spec, memory, backend, device, dtype, compiler)
+    return Engine(core, resolved, spec, memory, backend, found.device, dtype, compiler)
 
 
 def _grammar_compiler(config: EngineConfig, spec: ModelSpec) -> GrammarCompiler | None:
@@ -112,7 +141,8 @@ def _open(backend: Backend, config: EngineConfig) -> str:
     missing = [name for name, own in native(backend).items() if not own]
     if missing:
         logger.info("%s computes these by the reference: %s", backend.name, ", ".join(missing))
-    backend.open(config.device_index, DeviceOptions(threads=config.threads, batch_invariant=config.batch_invariant))
+    options = DeviceOptions(threads=config.threads, isa=config.isa, batch_invariant=config.batch_invariant)
+    backend.open(config.device_index, options)
     if config.batch_invariant and not backend.capabilities.batch_invariant:
         raise UnsupportedOnDevice(
             backend.name,

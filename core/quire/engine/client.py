@@ -13,7 +13,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from quire.config import EngineConfig
 from quire.engine.journal import Journal, Record, digest
 from quire.engine.process import Launch
 from quire.engine.recovery import OpenRequest, Recovery
+from quire.engine.spare import Spare, start
 from quire.errors import EngineDead, EngineRestarting
 from quire.message import (
     AbortRequest,
@@ -47,14 +47,21 @@ MAX_RESTARTS_IN_A_ROW = 4  # without an output, and with nobody to blame
 NEW_SHAPE_FACTOR = 5  # how much longer the first step of its size may take
 SPARE_AFTER = 2.0  # seconds that an engine is left alone before a spare process starts beside it
 KILLED = -9  # status after a SIGKILL
-COMMAND = (sys.executable, "-m", "quire.engine.process")
 
 
 class EngineProcess:
     """One engine process and its sockets. All methods belong to one event loop."""
 
-    def __init__(self, config: EngineConfig, on_ready: Callable[[EngineReady], None] | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_ready: Callable[[EngineReady], None] | None = None,
+        spare: Spare | None = None,
+    ) -> None:
+        """``spare``: that of several engines; None: one of its own."""
         self.config = config
+        self._spare = Spare() if spare is None else spare
+        self._spare.join()
         self.info: EngineReady | None = None
         self.failure: str | None = None  # why it is gone for good
         self.restarts = 0
@@ -68,7 +75,6 @@ class EngineProcess:
         self._context = zmq.asyncio.Context()
         self._sending = zmq.Context()
         self._process: subprocess.Popen[bytes] | None = None
-        self._spare: subprocess.Popen[bytes] | None = None
         self._hung: str | None = None  # why this process is being killed here
         self._generation = 0
         self._tasks: list[asyncio.Task[None]] = []
@@ -90,7 +96,7 @@ class EngineProcess:
         self._journal = Journal(self._path("journal"), self.config.scheduler.max_num_seqs, create=True)
         level = logging.getLevelName(logger.getEffectiveLevel())
         launch = msgspec.msgpack.encode(Launch(self.config, inbox, outbox, self._path("journal"), level))
-        self._process = self._take_spare() or _start()
+        self._process = self._spare.take() or start()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended already: the watch will tell
             self._process.stdin.write(len(launch).to_bytes(4, "big") + launch)
@@ -100,10 +106,6 @@ class EngineProcess:
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}{self._generation}"
-
-    def _take_spare(self) -> subprocess.Popen[bytes] | None:
-        spare, self._spare = self._spare, None
-        return spare if spare is not None and spare.poll() is None else None
 
     async def started(self) -> EngineReady:
         """Wait until the engine is ready. Raises EngineDead with its reason if it cannot be."""
@@ -116,6 +118,8 @@ class EngineProcess:
 
     async def close(self, drain: bool = False) -> None:
         """End the process: kindly, then surely."""
+        if not self._closing:
+            self._spare.leave()
         self._closing = True
         process = self._process
         if process is not None and process.poll() is None:
@@ -128,10 +132,6 @@ class EngineProcess:
                 process.kill()
             process.wait()
         self._end_generation()
-        spare = self._take_spare()
-        if spare is not None:
-            spare.kill()
-            spare.communicate()
         self._context.term()
         self._sending.term()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -342,19 +342,13 @@ class EngineProcess:
     async def _keep_spare(self) -> None:
         """Have a process wait with everything imported: a restart then takes the time to load the model."""
         await asyncio.sleep(SPARE_AFTER)
-        if self._spare is None or self._spare.poll() is not None:
-            self._spare = _start()
+        self._spare.keep()
 
     def _fail(self, request_id: str, reason: str) -> None:
         request = self._open.pop(request_id)
         for index, finished in enumerate(request.finished):
             if not finished:
                 request.deliver(SampleOutput(request_id, index, [], finish_reason="error", error=reason))
-
-
-def _start() -> subprocess.Popen[bytes]:
-    """A process that imports what an engine needs and waits for its Launch."""
-    return subprocess.Popen(COMMAND, stdin=subprocess.PIPE)
 
 
 def _status(status: int) -> str:

@@ -1,7 +1,8 @@
 """The engine: a scheduler that plans step n+1 while a runner executes step n.
 
 One thread owns the scheduler and calls everything here; one worker thread owns the runner and the tensors. They share
-nothing but plans and results.
+nothing but plans and results, and the interpreter: so that the two do not fight for it when a step ends, its result is
+told only when the next step, if one is queued, has been launched and the interpreter is free.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 from quire.engine.journal import Journal, digest
 from quire.message import AddRequest, EngineStats, SampleOutput, StepPlan, StepResult
@@ -29,6 +31,8 @@ class EngineCore:
         self.depth = 2 if overlap else 1
         self._run = run
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="quire-runner")
+        self._queued: deque[StepPlan] = deque()  # given to the worker, not begun
+        self._untold: Callable[[], None] | None = None  # sets the result of the step before; the worker's
         self._in_flight: deque[tuple[StepPlan, Future[StepResult]]] = deque()
         self._shapes: set[tuple[int, int]] = set()  # of steps that have been run
         self.step_started = 0.0  # time.monotonic() when the oldest step in flight was queued; 0: none
@@ -57,12 +61,34 @@ class EngineCore:
                 return
             if self.journal is not None:
                 self.journal.begin(plan.step, map(digest, self.scheduler.newest_step()))
-            future = self._worker.submit(self._run, plan)
+            future: Future[StepResult] = Future()
+            if done is not None:
+                future.add_done_callback(lambda _: done())
             self._in_flight.append((plan, future))
             if len(self._in_flight) == 1:
                 self._oldest_began(time.monotonic())
-            if done is not None:
-                future.add_done_callback(lambda _: done())
+            self._queued.append(plan)
+            self._worker.submit(self._execute, future)
+
+    def _execute(self, future: Future[StepResult]) -> None:
+        """Run the next plan; on the worker."""
+        plan = self._queued.popleft()
+        try:
+            result = self._run(plan)
+        except BaseException as error:
+            self.launched()
+            future.set_exception(error)
+            return
+        self.launched()
+        self._untold = partial(future.set_result, result)
+        if not self._queued:
+            self.launched()
+
+    def launched(self) -> None:
+        """The runner has handed a step to the device and will wait for it: time to tell the result of the one before."""
+        if self._untold is not None:
+            tell, self._untold = self._untold, None
+            tell()
 
     @property
     def in_flight(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from quire.config import EngineConfig
+from quire.config import CacheConfig, EngineConfig
 from quire.errors import DoesNotFit
 from quire.hardware import MemoryInfo
 from quire.spec import KVSpec, ModelSpec
@@ -99,7 +99,7 @@ def plan_memory(
     """Divide the device's memory. Raises DoesNotFit with the arithmetic and the flags that would make it fit."""
     cache, scheduler = config.cache, config.scheduler
     working = working_bytes(spec, dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
-    budget, reason = _budget(config, memory)
+    budget, reason = budget_of(cache, memory)
     length = scheduler.max_model_len or spec.max_positions
     page_size = kv.groups[0].page_size
     chunk = scheduler.max_num_batched_tokens
@@ -132,8 +132,9 @@ def plan_memory(
     return replace(plan, pages=pages, host_pages=host, max_model_len=length, requests=requests, kv=used)
 
 
-def _budget(config: EngineConfig, memory: MemoryInfo) -> tuple[int, str]:
-    utilization = config.cache.gpu_memory_utilization
+def budget_of(cache: CacheConfig, memory: MemoryInfo) -> tuple[int, str]:
+    """Bytes that may be used, and why."""
+    utilization = cache.gpu_memory_utilization
     if utilization is not None:
         return int(min(memory.total * utilization, memory.free)), f"--gpu-memory-utilization {utilization}"
     if memory.shared:

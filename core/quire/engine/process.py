@@ -214,6 +214,8 @@ def main() -> int:
         return 0  # the parent ended, or needs no spare
     watch_parent()
     set_up(launch.config.log_format, "engine", launch.log_level)
+    if launch.config.cores:  # before any device is opened, whose threads take what they find
+        os.sched_setaffinity(0, launch.config.cores)
     context = zmq.Context()
     inbox, outbox = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     for end in (inbox, outbox):

@@ -7,6 +7,7 @@ known here by the time the step runs, because the step before has appended it to
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import numpy as np
@@ -42,6 +43,7 @@ class Runner:
         compiler: GrammarCompiler | None = None,
     ) -> None:
         self.backend, self.model, self.kv_spec = backend, model, kv_spec
+        self.launched: Callable[[], None] = lambda: None  # called when a step waits for the device alone
         self.kv = backend.allocate_kv(kv_spec, pages)
         self.host_kv = backend.allocate_kv(kv_spec, host_pages, host=True) if any(host_pages) else None
         self.tables = RowTables(max_num_seqs, max_model_len, kv_spec)
@@ -58,9 +60,8 @@ class Runner:
         self._apply(plan)
         if not plan.rows:
             return StepResult(step=plan.step, token_ids=[])
-        sequences = np.arange(len(plan.rows))
         try:
-            return self._compute(plan, sequences)
+            return self._compute(plan, range(len(plan.rows)))
         except Exception:
             logger.exception("step %d failed; running its %d sequences one by one", plan.step, len(plan.rows))
         return self._isolate(plan)
@@ -96,52 +97,47 @@ class Runner:
         for group in {move[0] for move in moves}:
             self.backend.copy_pages(source, target, group, [(a, b) for g, a, b in moves if g == group])
 
-    def _compute(self, plan: StepPlan, sequences: np.ndarray) -> StepResult:
+    def _compute(self, plan: StepPlan, sequences: Sequence[int]) -> StepResult:
         """Compute and sample for the given sequences of the plan (all of them, unless a step failed)."""
-        rows = np.asarray(plan.rows, dtype=np.int64)[sequences]
-        starts = np.asarray(plan.starts, dtype=np.int64)[sequences]
-        counts = np.asarray(plan.counts, dtype=np.int64)[sequences]
-        arrays = self.tables.arrays(rows, starts, counts)
-        place = {int(sequence): i for i, sequence in enumerate(sequences)}
-        wanted = [(place[s], r) for s, r in zip(plan.sample_from, plan.sample_rows, strict=True) if s in place]
+        numbers = np.array((plan.rows, plan.starts, plan.counts), dtype=np.int64)
+        sources, targets = plan.sample_from, plan.sample_rows
+        scored = [(index, index) for index in plan.prompt_logprobs]
+        if len(sequences) < len(plan.rows):
+            numbers = numbers[:, sequences]
+            place = {sequence: i for i, sequence in enumerate(sequences)}
+            wanted = [(place[s], r) for s, r in zip(sources, targets, strict=True) if s in place]
+            sources, targets = [s for s, _ in wanted], [r for _, r in wanted]
+            scored = [(index, place[index]) for index in plan.prompt_logprobs if index in place]
+        rows, starts, counts = numbers
         # Masks are made on the host while the device computes: all that they depend on is known.
-        masks = self.grammars.begin([r for _, r in wanted])
-        scored = [(index, place[index]) for index in plan.prompt_logprobs if index in place]
-        sources = sorted({s for s, _ in wanted})
+        masks = self.grammars.begin(targets)
+        result = StepResult(step=plan.step, token_ids=[])
         if self.graphs is not None and not scored and int(counts.max()) == 1 and self.graphs.fits(len(rows)):
-            logits = self.graphs.run(arrays)[: len(rows)]
-            sources = list(range(len(rows)))
+            logits = self.graphs.run(self.tables, rows, starts, self.launched)[: len(rows)]
+            computed: Sequence[int] = range(len(rows))
         else:
+            arrays = self.tables.arrays(rows, starts, counts)
             batch = arrays.to_device(self.backend)
             attention_plan = self.backend.plan_attention(batch, self.kv_spec)
+            self.launched()
             hidden = self.model.forward(self.backend.to_device(arrays.token_ids), batch, self.kv, attention_plan)
-            logits = None
-            if sources:
-                last = arrays.query_start[1:][sources].astype(np.int64) - 1
+            computed = sorted(set(sources))
+            if computed:
+                last = arrays.query_start[1:][computed].astype(np.int64) - 1
                 logits = self.model.logits(hidden, self.backend.to_device(last))
-        result = StepResult(step=plan.step, token_ids=[])
-        for index, i in scored:
-            result.prompt_logprobs[index] = self._score_prompt(arrays, hidden, i)
-        if wanted:
-            self._sample(result, logits, wanted, sources, arrays, masks)
+            for index, i in scored:
+                result.prompt_logprobs[index] = self._score_prompt(arrays, hidden, i)
+        if targets:
+            if sources != list(computed):
+                where = {sequence: i for i, sequence in enumerate(computed)}
+                logits = logits[self.backend.to_device(np.array([where[s] for s in sources], dtype=np.int64))]
+            self._sample(result, logits, np.array(targets, dtype=np.int64), (starts + counts)[sources], masks)
         return result
 
     def _sample(
-        self,
-        result: StepResult,
-        logits,
-        wanted: list[tuple[int, int]],
-        sources: list[int],
-        arrays: StepArrays,
-        masks: Future[Masks] | None,
+        self, result: StepResult, logits, rows: np.ndarray, positions: np.ndarray, masks: Future[Masks] | None
     ) -> None:
-        """Sample the next token of each wanted (sequence, row) pair and append it to the row."""
-        where = {sequence: i for i, sequence in enumerate(sources)}
-        picks = np.fromiter((where[s] for s, _ in wanted), dtype=np.int64, count=len(wanted))
-        if len(picks) != len(sources) or (picks != np.arange(len(sources))).any():
-            logits = logits[self.backend.to_device(picks)]
-        rows = np.fromiter((r for _, r in wanted), dtype=np.int64, count=len(wanted))
-        positions = arrays.context_lens[[s for s, _ in wanted]].astype(np.int64)
+        """Sample the next token of each of the rows, from its logits [i], and append it to the row."""
         if masks is None:
             sampled = self.sampler.sample(logits, rows, positions)
         else:
@@ -149,10 +145,10 @@ class Runner:
             bitmask, masked = self.backend.to_device(made.bits), self.backend.to_device(made.rows)
             sampled = self.sampler.sample(logits, rows, positions, bitmask, masked)
             result.errors = [RowError(int(rows[i]), message) for i, message in made.errors]
-        result.token_ids = [int(t) for t in sampled.token_ids]
+        result.token_ids = sampled.token_ids
         result.logprobs = sampled.logprobs
         result.errors += [RowError(int(rows[i]), message) for i, message in sampled.errors]
-        tokens = np.maximum(np.asarray(sampled.token_ids, dtype=np.int64), 0)  # a failed row's token is never used
+        tokens = np.maximum(np.array(sampled.token_ids, dtype=np.int64), 0)  # a failed row's token is never used
         self.tables.append(rows, tokens)
         self.sampler.append(rows, tokens)
         self.grammars.append(rows, tokens)
@@ -183,7 +179,7 @@ class Runner:
         for i in range(len(plan.rows)):
             samples = [j for j, source in enumerate(plan.sample_from) if source == i]
             try:
-                one = self._compute(plan, np.asarray([i]))
+                one = self._compute(plan, [i])
             except Exception as error:
                 logger.exception("row %d fails alone", plan.rows[i])
                 message = f"{type(error).__name__}: {error}"

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from quire.sampling.ecma_regex import RegexError, translate
+
 OPTIONS: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
 r"""Of llguidance. Not lenient: a keyword that would be ignored is an error. No ``\u``: a key could be written in two
 ways, and the second would escape what ``properties`` says of the first; it could be half a surrogate pair, too."""
@@ -45,7 +47,10 @@ def prepare(schema: Any) -> Any:
         if name in _WRITTEN:
             _check_written(name, value)
         if name in _MAPS and isinstance(value, dict):
-            made[name] = {key: prepare(item) for key, item in value.items()}
+            keyed = _pattern if name == "patternProperties" else str
+            made[name] = {keyed(key): prepare(item) for key, item in value.items()}
+        elif name == "pattern" and isinstance(value, str):
+            made[name] = _pattern(value)
         elif name in _COUNTS and isinstance(value, float) and value.is_integer():
             made[name] = int(value)
         else:
@@ -55,6 +60,30 @@ def prepare(schema: Any) -> Any:
     _unevaluated(made)
     _distinct(made)
     _format(made)
+    return made
+
+
+def _pattern(pattern: str) -> str:
+    try:
+        return translate(pattern)
+    except RegexError as error:
+        raise SchemaError(f"pattern: {error}") from None
+
+
+def close(schema: Any) -> Any:
+    """The same schema with no additional properties in objects that name some and do not speak of others."""
+    if isinstance(schema, list):
+        return [close(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Any] = {}
+    for name, value in schema.items():
+        if name in _MAPS and isinstance(value, dict):
+            made[name] = {key: close(item) for key, item in value.items()}
+        else:
+            made[name] = value if name in _VALUES else close(value)
+    if {"properties", "patternProperties"} & set(made):
+        made.setdefault("additionalProperties", False)
     return made
 
 

@@ -85,7 +85,8 @@ class StructuredOutputs(msgspec.Struct, omit_defaults=True):
     ``{"structures": [{"begin", "schema", "end"}], "triggers": [...]}``: free text in which a trigger opens a structure.
 
     White space between the elements of JSON is bounded: nothing, a space, or a new line and its indentation;
-    ``disable_any_whitespace`` allows none, ``whitespace_pattern`` (a regex) says what is allowed instead.
+    ``disable_any_whitespace`` allows none, ``whitespace_pattern`` (a regex) says what is allowed instead. With
+    ``disable_additional_properties`` objects have the properties that ``json`` names, where it does not say otherwise.
 
     With ``thinking``, the form begins behind the model's reasoning, which is free.
     """
@@ -97,6 +98,7 @@ class StructuredOutputs(msgspec.Struct, omit_defaults=True):
     grammar: str | None = None
     structural_tag: Any = None
     disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
     thinking: Thinking | None = None
 
@@ -121,8 +123,11 @@ class StructuredOutputs(msgspec.Struct, omit_defaults=True):
                 raise self._invalid(value, "choice must be a list of at least one text, none empty")
         elif kind in ("regex", "grammar") and (not isinstance(value, str) or not value):
             raise self._invalid(value, f"{kind} must be a text that is not empty")
-        if not isinstance(self.disable_any_whitespace, bool):
-            raise self._invalid(self.disable_any_whitespace, "disable_any_whitespace must be true or false")
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool):
+                raise self._invalid(getattr(self, name), f"{name} must be true or false")
+        if self.disable_additional_properties and kind != "json":
+            raise self._invalid(kind, "disable_additional_properties is for json only")
         if self.whitespace_pattern is not None and not isinstance(self.whitespace_pattern, str):
             raise self._invalid(self.whitespace_pattern, "whitespace_pattern must be a regex")
         if (self.disable_any_whitespace or self.whitespace_pattern is not None) and kind not in ("json", "json_object"):

@@ -74,15 +74,16 @@ class Sampler:
         if not len(rows):
             return SampledTokens([], [])
         flags = self.state.flags[rows]
-        asking = np.flatnonzero(flags & LOGPROBS)
+        wanted = int(np.bitwise_or.reduce(flags))
         raw = None
-        if len(asking):
+        if wanted & LOGPROBS:
+            asking = np.flatnonzero(flags & LOGPROBS)
             raw = logits if len(asking) == len(rows) else logits[self._ids(asking)]
-            if raw is logits and (bitmask is not None or (flags & PROCESSED).any()):
+            if raw is logits and (bitmask is not None or wanted & PROCESSED):
                 raw = logits.clone()
         if bitmask is not None:
             processors.apply_bitmask(logits, bitmask, masked)
-        if (flags & PROCESSED).any():
+        if wanted & PROCESSED:
             self._process(logits, rows, positions, flags)
         tokens = self.backend.sample(logits, self._settings(rows, positions))
         result = SampledTokens(tokens.tolist(), [None] * len(rows))
@@ -92,7 +93,7 @@ class Sampler:
             entries = token_logprobs(self.backend, raw, chosen.clamp(min=0), counts)
             for i, entry in zip(asking.tolist(), entries, strict=True):
                 result.logprobs[i] = entry
-        for i in [i for i, token in enumerate(result.token_ids) if token < 0]:
+        for i in [i for i, token in enumerate(result.token_ids) if token < 0] if min(result.token_ids) < 0 else ():
             result.logprobs[i] = None
             result.errors.append((i, _reason(logits[i])))
         return result

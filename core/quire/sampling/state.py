@@ -147,6 +147,8 @@ class SamplerState:
     def append(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
         """tokens[j] was sampled for rows[j]."""
         remembering = self.flags[rows] & (PENALTIES | BAD_WORDS)
+        if not remembering.any():
+            return
         for j in np.flatnonzero(remembering):
             state, token = self.rows[int(rows[j])], int(tokens[j])
             if state.counts:

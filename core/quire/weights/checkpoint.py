@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,17 +192,23 @@ def _stored(file: Path, data: int, entry: Mapping[str, Any]) -> Stored:
     return Stored(file, dtype, shape, data + begin, end - begin)
 
 
-def weight_bytes(weights: Iterable[WeightMap], dtype: str, quantization: str | None = None, tied: bool = False) -> int:
+def weight_bytes(
+    weights: Iterable[WeightMap], dtype: str, quantization: str | None = None, tied: bool = False,
+    embed_formats: Container[str] = ("dense",),
+) -> int:  # fmt: skip
     """What a model's weights take, by arithmetic: in ``dtype``, matrices in the format of ``quantization``. A tied head
-    counts once, unless it is rounded and the embedding is not."""
+    counts once if the device looks rows up in what it packs (``Capabilities.embed_formats``), else beside its table."""
     total = 0
     for weight in weights:
-        if quantization is not None and weight.kind == "matrix":
+        plain = math.prod(weight.shape) * _ITEMSIZE[dtype]
+        if tied and weight.field == "embedding":
+            head = HEAD if quantization else "dense"
+            total += FORMATS[HEAD].bytes(weight.shape) if quantization else plain
+            total += 0 if head in embed_formats else plain
+        elif quantization is not None and weight.kind == "matrix":
             total += FORMATS[format_of(weight, quantization)].bytes(weight.shape)
         else:
-            total += math.prod(weight.shape) * _ITEMSIZE[dtype]
-        if quantization is not None and tied and weight.field == "embedding":
-            total += FORMATS[HEAD].bytes(weight.shape)
+            total += plain
     return total
 
 

@@ -49,7 +49,8 @@ def load_weights(
     ``load_format`` ``dummy`` draws small random weights from ``seed`` instead and needs no folder; ``auto`` and
     ``safetensors`` read files. ``progress``: show a bar; None: when standard error is a terminal. ``quantization``: a
     name of ``quire.quantization.FORMATS`` that matrices are rounded to. At any time there is at most one weight more in
-    memory than the device keeps. Raises ModelError, naming the tensor.
+    memory than the device keeps. A tied table is held once where the device looks rows up in what it packed, which is
+    the rounded table with ``quantization``. Raises ModelError, naming the tensor.
     """
     if load_format not in ("auto", "safetensors", "dummy"):
         raise ModelError(f"load_format = {load_format!r}: must be auto, safetensors or dummy")
@@ -75,6 +76,12 @@ def _assemble(
     for weight in weights:
         tensor = read(weight)
         advance(tensor.nbytes)
+        if spec.tied_embeddings and weight.field == "embedding":
+            format = HEAD if quantization else "dense"
+            head = fields["model", -1]["head"] = backend.pack_weight({"weight": tensor}, format)
+            if format in backend.capabilities.embed_formats:
+                fields["model", -1]["embedding"] = head
+                continue
         fields[weight.owner, weight.layer][weight.field] = (
             backend.pack_weight({"weight": tensor}, format_of(weight, quantization))
             if weight.kind == "matrix"
@@ -89,10 +96,7 @@ def _assemble(
             tables[rotary] = rotary_table(rotary, max_model_len).to(backend.device)
         attention = AttentionWeights(**fields["attention", index], cos_sin=None if rotary is None else tables[rotary])
         layers.append(LayerWeights(attention, MlpWeights(**fields["mlp", index])))
-    model = fields["model", -1]
-    if spec.tied_embeddings:
-        model["head"] = backend.pack_weight({"weight": model["embedding"]}, HEAD if quantization else "dense")
-    return ModelWeights(**model, layers=layers)
+    return ModelWeights(**fields["model", -1], layers=layers)
 
 
 def _stored_tensor(checkpoint: Checkpoint, weight: WeightMap, dtype: torch.dtype) -> Tensor:

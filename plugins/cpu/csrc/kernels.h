@@ -15,7 +15,8 @@ struct Kernels {
     int max_tile_rows[2];    // by weight DType: most rows of x that the inner loop keeps in registers
     int x_bytes[2];          // by weight DType: bytes that one step over K takes of a row of packed x
     void (*pack_x)(const PackXArgs& args, int64_t tile);
-    void (*linear_group)(const LinearArgs& args, int64_t group, int64_t tile0, int64_t tile1, float* scratch);
+    void (*linear_groups)(const LinearArgs& args, int64_t group0, int64_t group1, int64_t tile0, int64_t tile1,
+                          float* scratch);
     // Linear with integer weights: see quant.h.
     int quant_tile_rows, quant_x_step;
     void (*quant_pack_x)(const QuantXArgs& args, int64_t tile);
@@ -45,6 +46,7 @@ const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx();
 
 // The table in use: the most capable that this machine can run, unless set_isa chose another.
 const Kernels& kernels();

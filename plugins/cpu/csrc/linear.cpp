@@ -1,5 +1,6 @@
 #include "linear.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "kernels.h"
@@ -9,8 +10,11 @@
 namespace quire {
 namespace {
 
-// Rows of x that are packed at once. The weights are read once for each such block: seldom, but packed x stays small.
-constexpr int64_t block_rows = 504;
+// Rows of x that are packed at once, about: a multiple of a tile's. The weights are read once for each such block:
+// seldom, but packed x stays small.
+constexpr int64_t block_rows = 512;
+// Sums that may lie beside a panel of x in the second cache, for groups that take the panel in turns.
+constexpr int64_t shared_sums = 512 * 1024;
 // Packing less than this is not worth meeting the other threads for.
 constexpr int64_t pack_alone = 64 * 1024;
 
@@ -64,10 +68,10 @@ void linear(const LinearCall& c) {
     const std::shared_ptr<Pool> held = current_pool();
     Pool& threads = *held;
     const int type = int(c.type), workers = threads.size();
-    const int64_t steps = steps_of(c.k, c.type);
+    const int64_t steps = steps_of(c.k, c.type), block = block_rows / isa.max_tile_rows[type] * isa.max_tile_rows[type];
     thread_local Scratch packed;
-    for (int64_t row = 0; row < c.rows; row += block_rows) {
-        const int64_t rows = c.rows - row < block_rows ? c.rows - row : block_rows;
+    for (int64_t row = 0; row < c.rows; row += block) {
+        const int64_t rows = std::min(c.rows - row, block);
         const Tiles tiles = {rows, (rows + isa.max_tile_rows[type] - 1) / isa.max_tile_rows[type]};
         PackXArgs pack = {rows_from(c.x, row), tiles, c.k, steps, c.type, nullptr};
         LinearArgs args = {c.weight, nullptr, tiles, steps, c.type, c.n, c.activation, c.bias, c.bias_type,
@@ -81,21 +85,24 @@ void linear(const LinearCall& c) {
             if (alone)
                 for (int64_t tile = 0; tile < tiles.tiles; tile++) isa.pack_x(pack, tile);
         }
-        // With many threads for few groups, several share one and split its tiles.
-        const int64_t groups = args.groups();
-        int64_t parts = (4 * workers + groups - 1) / groups;
-        parts = parts > tiles.tiles ? tiles.tiles : parts;
-        Shares packing(tiles.tiles, workers), work(groups * parts, workers);
+        // With many threads for few groups, several share one and split its tiles; long rows of x, which the second
+        // cache cannot hold, meet several groups at a time.
+        const int64_t groups = args.groups(), group_sums = rows * group_rows * 4 * (args.columns() < c.n ? 2 : 1);
+        const int64_t parts = std::min((4 * workers + groups - 1) / groups, tiles.tiles);
+        const int64_t together = steps > 2 * panel_steps ? std::min(shared_sums / group_sums, groups / (2 * workers)) : 1;
+        const int64_t chunk = std::max<int64_t>(together, 1), chunks = (groups + chunk - 1) / chunk;
+        Shares packing(tiles.tiles, workers), work(chunks * parts, workers);
         threads.run([&](int worker) {
             if (!ready && !alone) {
                 packing.each(worker, [&](int64_t tile) { isa.pack_x(pack, tile); });
                 threads.barrier();
             }
             thread_local Scratch scratch;
-            auto* sums = static_cast<float*>(scratch.reserve(size_t(rows) * 2 * group_rows * sizeof(float)));
+            auto* sums = static_cast<float*>(scratch.reserve(size_t(chunk * group_sums)));
             work.each(worker, [&](int64_t item) {
-                const int64_t part = item % parts, tile = tiles.tiles * part / parts;
-                isa.linear_group(args, item / parts, tile, tiles.tiles * (part + 1) / parts, sums);
+                const int64_t part = item % parts, group = item / parts * chunk;
+                isa.linear_groups(args, group, std::min(group + chunk, groups), tiles.tiles * part / parts,
+                                  tiles.tiles * (part + 1) / parts, sums);
             });
         });
     }

@@ -19,6 +19,7 @@ namespace quire {
 constexpr int group_rows = 32;    // output rows side by side
 constexpr int step_block = 16;    // steps over K are padded to a multiple of this
 constexpr int step_bytes = 128;   // of one step of one group
+constexpr int panel_steps = 256;  // 32 KB of weights: what several tiles of x share before moving on
 
 QUIRE_CONST int64_t steps_of(int64_t k, DType weight) {
     const int64_t steps = weight == DType::f32 ? k : (k + 1) / 2;

@@ -1,23 +1,84 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <new>
 
 namespace quire {
 
 namespace {
-constexpr size_t huge_page = size_t(2) << 20;
-constexpr size_t chunk_bytes = size_t(64) << 20;
+[[maybe_unused]] constexpr size_t huge_page = size_t(2) << 20;
+[[maybe_unused]] constexpr size_t chunk_bytes = size_t(64) << 20;
 constexpr size_t alignment = 4096;
 
-size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+[[maybe_unused]] size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+std::mutex nodes_mutex;
+std::vector<int> nodes_in_use;
+}  // namespace
+
+void set_nodes(const std::vector<int>& nodes) {
+    std::lock_guard<std::mutex> lock(nodes_mutex);
+    nodes_in_use = nodes;
+}
+
+namespace {
+
+void* allocate(size_t bytes) {
+    void* data = nullptr;
+    if (posix_memalign(&data, alignment, bytes ? bytes : 1) != 0) throw std::bad_alloc();
+    return data;
+}
+
+}  // namespace
+
+#if defined(__SANITIZE_ADDRESS__)
+// Each buffer an allocation of its own, of exactly its size: the sanitizer sees what leaves it.
+struct Chunk {
+    Chunk(size_t bytes, bool) : base(allocate(bytes)) { std::memset(base, 0, bytes); }
+    ~Chunk() { std::free(base); }
+    Chunk(const Chunk&) = delete;
+    Chunk& operator=(const Chunk&) = delete;
+
+    void* base;
+};
+
+Buffer::Buffer(size_t bytes, bool spread) : chunk_(std::make_shared<Chunk>(bytes, spread)), size_(bytes) {
+    address_ = reinterpret_cast<uintptr_t>(chunk_->base);
+}
+#else
+namespace {
+
+std::vector<int> nodes() {
+    std::lock_guard<std::mutex> lock(nodes_mutex);
+    return nodes_in_use;
+}
+
+// Pages of the range come from the nodes in turns when they are first touched (man 2 mbind). By the system call, since
+// libnuma is not on every machine.
+void take_turns(uintptr_t start, size_t size, const std::vector<int>& nodes) {
+#if defined(SYS_mbind)
+    constexpr int interleave = 3, bits = 8 * sizeof(unsigned long);
+    unsigned long mask[1024 / bits] = {};
+    for (const int node : nodes)
+        if (node >= 0 && node < 1024) mask[node / bits] |= 1ul << (node % bits);
+    syscall(SYS_mbind, start, size, interleave, mask, 1024ul + 1, 0u);  // a wish: a container may forbid it
+#else
+    (void)start, (void)size, (void)nodes;
+#endif
+}
+
 }  // namespace
 
 struct Chunk {
-    explicit Chunk(size_t bytes) : size(round_up(bytes, huge_page)) {
+    Chunk(size_t bytes, bool spread) : size(round_up(bytes, huge_page)) {
         // One huge page more than asked, to start at the border of one; what is never touched costs nothing.
         mapped = size + huge_page;
         base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -26,6 +87,8 @@ struct Chunk {
 #if defined(MADV_HUGEPAGE)
         madvise(reinterpret_cast<void*>(start), size, MADV_HUGEPAGE);  // a wish: the system may have none
 #endif
+        const std::vector<int> wanted = nodes();
+        if (spread ? !wanted.empty() : wanted.size() == 1) take_turns(start, size, wanted);
     }
     ~Chunk() { munmap(base, mapped); }
     Chunk(const Chunk&) = delete;
@@ -37,35 +100,41 @@ struct Chunk {
     uintptr_t start;
 };
 
-Buffer::Buffer(size_t bytes) : size_(bytes) {
+Buffer::Buffer(size_t bytes, bool spread) : size_(bytes) {
     static std::mutex mutex;
     static std::weak_ptr<Chunk> filling;  // weak: the pieces alone keep a mapping
     const size_t room = round_up(bytes ? bytes : 1, alignment);
-    if (room >= chunk_bytes / 2) {
-        chunk_ = std::make_shared<Chunk>(room);
+    if (spread || room >= chunk_bytes / 2) {
+        chunk_ = std::make_shared<Chunk>(room, spread);
         address_ = chunk_->start;
         return;
     }
     std::lock_guard<std::mutex> lock(mutex);
     chunk_ = filling.lock();
     if (!chunk_ || chunk_->size - chunk_->used < room) {
-        chunk_ = std::make_shared<Chunk>(chunk_bytes);
+        chunk_ = std::make_shared<Chunk>(chunk_bytes, false);
         filling = chunk_;
     }
     address_ = chunk_->start + chunk_->used;
     chunk_->used += room;
 }
+#endif
 
 Scratch::~Scratch() { std::free(data_); }
 
 void* Scratch::reserve(size_t bytes) {
-    if (bytes > capacity_) {
+#if defined(__SANITIZE_ADDRESS__)
+    const bool fits = bytes == capacity_;  // no byte more, so that the sanitizer sees what leaves it
+    const size_t room = bytes;
+#else
+    const bool fits = bytes <= capacity_;
+    const size_t room = round_up(bytes + bytes / 4, alignment);
+#endif
+    if (!fits) {
         std::free(data_);
         data_ = nullptr;
         capacity_ = 0;
-        const size_t room = round_up(bytes + bytes / 4, alignment);
-        data_ = std::aligned_alloc(alignment, room);
-        if (!data_) throw std::bad_alloc();
+        data_ = allocate(room);
         capacity_ = room;
     }
     return data_;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 namespace quire {
 
@@ -13,7 +14,9 @@ struct Chunk;
 // back to the system with the last piece in it.
 class Buffer {
 public:
-    explicit Buffer(size_t bytes);
+    // `spread`: memory that any thread may write and all read (KV pages), rather than what each thread first touches
+    // its own part of (weights). It matters where set_nodes has named memory nodes.
+    explicit Buffer(size_t bytes, bool spread = false);
 
     uintptr_t address() const { return address_; }
     size_t size() const { return size_; }
@@ -23,6 +26,10 @@ private:
     uintptr_t address_ = 0;
     size_t size_ = 0;
 };
+
+// The memory nodes (of a machine with several) that new buffers use: one, or, for those that are spread, all of them in
+// turns. A preference, as with huge pages: a full node leaves its part to the others. Empty: as the system does it.
+void set_nodes(const std::vector<int>& nodes);
 
 // Working memory that a call needs and the next call reuses: one per thread that calls, grown when it must be.
 class Scratch {

@@ -10,6 +10,7 @@
 
 #include "attention_plan.h"
 #include "dispatch.h"
+#include "embedding.h"
 #include "linear.h"
 #include "memory.h"
 #include "pointwise.h"
@@ -166,6 +167,18 @@ void bind_pointwise(nb::module_& m) {
               Tape::call([=] { embed(from, vocabulary, columns, at<int64_t>(ids), count, to); });
           },
           "table"_a, "vocabulary"_a, "columns"_a, "ids"_a, "count"_a, "out"_a, Unlocked());
+    m.def("embed_packed",
+          [](Address packed, int64_t n, int64_t k, int type, Address ids, int64_t count, const Rows& out) {
+              const Matrix to = matrix(out);
+              Tape::call([=] { embed_packed(at<char>(packed), n, k, DType(type), at<int64_t>(ids), count, to); });
+          },
+          "packed"_a, "n"_a, "k"_a, "type"_a, "ids"_a, "count"_a, "out"_a, Unlocked());
+    m.def("embed_quantized",
+          [](const QuantShape& shape, Address packed, Address ids, int64_t count, const Rows& out) {
+              const Matrix to = matrix(out);
+              Tape::call([=] { embed_packed(shape, at<char>(packed), at<int64_t>(ids), count, to); });
+          },
+          "shape"_a, "packed"_a, "ids"_a, "count"_a, "out"_a, Unlocked());
     m.def("argmax",
           [](const Rows& x, int64_t rows, int64_t columns, Address out) {
               const Matrix from = matrix(x);
@@ -231,13 +244,21 @@ void bind_probes(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    m.def("sanitized", [] {
+#if defined(__SANITIZE_ADDRESS__)
+        return true;
+#else
+        return false;
+#endif
+    });
     m.def("isas", &usable_isas, "Instruction sets this machine can run, the best last.");
     m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
     m.def("set_isa", &set_isa, "name"_a);
     m.def("threads", [] { return current_pool()->size(); });
-    m.def("set_threads", &set_threads, "threads"_a, "pin"_a, "spin_us"_a, Unlocked());
+    m.def("set_threads", &set_threads, "threads"_a, "cores"_a, "spin_us"_a, Unlocked());
+    m.def("set_nodes", &set_nodes, "nodes"_a, "The memory nodes that new buffers use; none: as the system does it.");
     nb::class_<Buffer>(m, "Buffer", "Memory for weights and KV pages: zero until touched, huge pages where allowed.")
-        .def(nb::init<size_t>(), "bytes"_a)
+        .def(nb::init<size_t, bool>(), "bytes"_a, "spread"_a = false)
         .def_prop_ro("address", &Buffer::address)
         .def_prop_ro("size", &Buffer::size);
     bind_linear(m);

@@ -1,7 +1,6 @@
 #include "pointwise.h"
 
 #include <algorithm>
-#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -49,20 +48,6 @@ void prepare_qkv(const QkvArgs& args, int64_t tokens) {
 void gated_act(const GatedArgs& args, int64_t rows) {
     const Kernels& isa = kernels();
     over_rows(rows, 2 * args.width, [&](int64_t row0, int64_t row1) { isa.gate_rows(args, row0, row1); });
-}
-
-void embed(const Matrix& table, int64_t vocabulary, int64_t columns, const int64_t* ids, int64_t count,
-           const Matrix& out) {
-    for (int64_t i = 0; i < count; i++)
-        if (ids[i] < 0 || ids[i] >= vocabulary)
-            throw std::out_of_range("token id " + std::to_string(ids[i]) + " is not in a vocabulary of " +
-                                    std::to_string(vocabulary));
-    const int64_t size = dtype_bytes(table.type);
-    over_rows(count, columns, [&](int64_t row0, int64_t row1) {
-        for (int64_t row = row0; row < row1; row++)
-            std::memcpy(static_cast<char*>(out.data) + row * out.stride * size,
-                        static_cast<const char*>(table.data) + ids[row] * table.stride * size, size_t(columns * size));
-    });
 }
 
 void argmax(const Matrix& x, int64_t rows, int64_t columns, int64_t* out) {

@@ -1,5 +1,5 @@
-// What happens between the products: norms, rotary embedding with storing of keys and values, gated activations, rows
-// of the embedding, and the largest logit. Each row is one thread's, with sums over its columns in a fixed order.
+// What happens between the products: norms, rotary embedding with storing of keys and values, gated activations, and the
+// largest logit. Each row is one thread's, with sums over its columns in a fixed order.
 #pragma once
 
 #include "attention.h"
@@ -44,9 +44,6 @@ void norm(const NormArgs& args, int64_t rows);
 // Throws std::out_of_range for a position that cos_sin does not have, or a slot that the pool does not.
 void prepare_qkv(const QkvArgs& args, int64_t tokens);
 void gated_act(const GatedArgs& args, int64_t rows);
-// Rows `ids` of table [vocabulary, columns]; throws std::out_of_range for an id that is not in it.
-void embed(const Matrix& table, int64_t vocabulary, int64_t columns, const int64_t* ids, int64_t count,
-           const Matrix& out);
 // The first column with the largest value, of each row of float32; -1 when that is not finite or there is a NaN.
 void argmax(const Matrix& x, int64_t rows, int64_t columns, int64_t* out);
 

@@ -54,6 +54,7 @@ std::vector<int> allowed_cores() {
 
 void bind_to(int core) {
 #if defined(__linux__)
+    if (core >= CPU_SETSIZE) return;
     cpu_set_t set;
     CPU_ZERO(&set);
     CPU_SET(core, &set);
@@ -65,15 +66,14 @@ void bind_to(int core) {
 
 }  // namespace
 
-Pool::Pool(int threads, bool pin, int spin_us) : spin_us_(spin_us) {
+Pool::Pool(int threads, const std::vector<int>& cores, int spin_us) : spin_us_(spin_us) {
     if (threads < 1 || threads > max_threads)
         throw std::invalid_argument("threads must be between 1 and " + std::to_string(max_threads) + ", got " +
                                     std::to_string(threads));
-    const std::vector<int> cores = allowed_cores();
-    // More threads than cores share them as the system sees fit.
-    const bool bind = pin && threads <= int(cores.size());
+    if (!cores.empty() && int(cores.size()) < threads)
+        throw std::invalid_argument("cores must name one for each of " + std::to_string(threads) + " threads, or none");
     for (int worker = 1; worker < threads; worker++)
-        workers_.emplace_back([this, worker, core = bind ? cores[worker] : -1] { work(worker, core); });
+        workers_.emplace_back([this, worker, core = cores.empty() ? -1 : cores[worker]] { work(worker, core); });
 }
 
 Pool::~Pool() {
@@ -145,13 +145,13 @@ std::shared_ptr<Pool> the_pool;
 // The threads of a pool do not survive a fork: the child leaves it as it is (it could not join them) and makes its own.
 [[maybe_unused]] void forget_pool() { new std::shared_ptr<Pool>(std::move(the_pool)); }
 
-void replace_pool(int threads, bool pin, int spin_us) {
+void replace_pool(int threads, const std::vector<int>& cores, int spin_us) {
 #if defined(__linux__)
     static const int registered = pthread_atfork([] { pool_mutex.lock(); }, [] { pool_mutex.unlock(); },
                                                  [] { forget_pool(); pool_mutex.unlock(); });
     (void)registered;
 #endif
-    the_pool = std::make_shared<Pool>(threads, pin, spin_us);
+    the_pool = std::make_shared<Pool>(threads, cores, spin_us);
 }
 
 }  // namespace
@@ -159,15 +159,16 @@ void replace_pool(int threads, bool pin, int spin_us) {
 std::shared_ptr<Pool> current_pool() {
     std::lock_guard<std::mutex> lock(pool_mutex);
     if (!the_pool) {
-        const int cores = int(allowed_cores().size());
-        replace_pool(cores < 1 ? 1 : cores > Pool::max_threads ? Pool::max_threads : cores, true, 50);
+        std::vector<int> cores = allowed_cores();
+        if (int(cores.size()) > Pool::max_threads) cores.resize(Pool::max_threads);
+        replace_pool(cores.empty() ? 1 : int(cores.size()), cores, 50);
     }
     return the_pool;
 }
 
-void set_threads(int threads, bool pin, int spin_us) {
+void set_threads(int threads, const std::vector<int>& cores, int spin_us) {
     std::lock_guard<std::mutex> lock(pool_mutex);
-    replace_pool(threads, pin, spin_us);
+    replace_pool(threads, cores, spin_us);
 }
 
 }  // namespace quire

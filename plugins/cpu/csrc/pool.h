@@ -15,9 +15,9 @@ class Pool {
 public:
     static constexpr int max_threads = 256;
 
-    // Threads beyond the caller's are bound to one allowed core each when `pin`. After a job they watch for the next
+    // Thread i beyond the caller's (0) is bound to cores[i], unless `cores` is empty. After a job they watch for the next
     // one for `spin_us` microseconds, then sleep.
-    Pool(int threads, bool pin, int spin_us);
+    Pool(int threads, const std::vector<int>& cores, int spin_us);
     ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
@@ -84,6 +84,6 @@ private:
 // The pool in use. It is made at the first call, and again in a process that has been forked. Who computes holds on to
 // it, so that set_threads may replace it meanwhile.
 std::shared_ptr<Pool> current_pool();
-void set_threads(int threads, bool pin, int spin_us);
+void set_threads(int threads, const std::vector<int>& cores, int spin_us);
 
 }  // namespace quire

@@ -43,6 +43,7 @@ class CpuBackend(Backend):
             {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send", "recv", "barrier"}
         ),
         batch_invariant=True,
+        embed_formats=frozenset(),  # products have layouts of their own
     )
 
     def __init__(self) -> None:
@@ -56,7 +57,7 @@ class CpuBackend(Backend):
     def devices(self) -> list[DeviceInfo]:
         name, sets = memory.processor()
         cores = memory.cores()
-        return [DeviceInfo(0, name, f"{cores} core{'s' if cores != 1 else ''}; {' '.join(sets) or 'baseline'}")]
+        return [DeviceInfo(0, name, f"{cores} core{'s' if cores != 1 else ''}; {' '.join(sets) or 'baseline'}", cores)]
 
     def memory(self, index: int = 0) -> MemoryInfo:
         return memory.memory()

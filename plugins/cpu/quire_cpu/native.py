@@ -21,6 +21,7 @@ from torch import Tensor
 from quire.hardware import SamplingBatch
 from quire_cpu import _native
 from quire_cpu._native import isa, isas, set_isa, threads
+from quire_cpu.placement import Placement, place
 
 __all__ = [
     "PackedLinear", "QuantizedLinear", "argmax", "embed", "gated_act", "gated_linear", "isa", "isas", "layer_norm",
@@ -34,13 +35,17 @@ GROUP_ROWS = 32  # of a weight, side by side in its packed form
 NOTHING = (0, 0, 0)  # in place of rows
 
 
-def set_threads(count: int, pin: bool = True, spin_us: int = 50) -> None:
+def set_threads(count: int, pin: bool = True, spin_us: int = 50) -> Placement:
     """Compute with ``count`` threads, the caller's included (1 to 256).
 
-    ``pin`` binds each thread but the caller's to a core of its own, unless there are more threads than cores. Threads
-    look for work for ``spin_us`` microseconds before they sleep.
+    ``pin`` binds each thread but the caller's to a core of its own, as :func:`quire_cpu.placement.place` chooses, and has
+    new buffers take their memory from the nodes of those cores. Threads look for work for ``spin_us`` microseconds
+    before they sleep.
     """
-    _native.set_threads(count, pin, spin_us)
+    placement = place(count) if pin else Placement((), ())
+    _native.set_threads(count, list(placement.cores), spin_us)
+    _native.set_nodes(list(placement.nodes))
+    return placement
 
 
 def borrow(address: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -153,6 +158,7 @@ class QuantizedLinear:
     group: int
     shape: _native.QuantShape
     buffer: _native.Buffer
+    dtype: torch.dtype | None = None  # of the weight that was rounded, and of its rows as an embedding
 
 
 def pack_integers(q: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> QuantizedLinear:
@@ -188,7 +194,7 @@ def pack_quantized(weight: Tensor, bits: int, group: int) -> QuantizedLinear:
     shape = _native.QuantShape(n, k, bits, group, False)
     buffer = _native.Buffer(shape.bytes)
     _native.quant_pack_rounded(shape, rows_of("weight", check_rows("weight", weight, (n, k))), buffer.address)
-    return QuantizedLinear(n, k, bits, group, shape, buffer)
+    return QuantizedLinear(n, k, bits, group, shape, buffer, weight.dtype)
 
 
 def linear(
@@ -306,14 +312,29 @@ def gated_act(x: Tensor, activation: str, out_dtype: torch.dtype | None = None) 
     return out
 
 
-def embed(ids: Tensor, table: Tensor) -> Tensor:
-    """Rows of table [V, C] for ids int64 [T] -> [T, C]. IndexError for an id that is not in the table."""
+def embed(ids: Tensor, table: Tensor | PackedLinear | QuantizedLinear) -> Tensor:
+    """Rows of table [V, C] for ids int64 [T] -> [T, C] in the table's dtype. IndexError for an id that is not in it.
+
+    A packed table gives the rows that were packed, or what rounding left of them.
+    """
     if ids.dtype != torch.int64 or ids.dim() != 1:
         raise ValueError(f"ids must be int64 [T], got {ids.dtype} {tuple(ids.shape)}")
-    vocabulary, columns = table.shape
-    ids, table = ids.contiguous(), check_rows("table", table, (vocabulary, columns))
-    out = empty((len(ids), columns), table.dtype)
-    _native.embed(rows_of("table", table), vocabulary, columns, ids.data_ptr(), len(ids), rows_of("out", out))
+    ids = ids.contiguous()
+    where = ids.data_ptr(), len(ids)
+    if isinstance(table, Tensor):
+        vocabulary, columns = table.shape
+        table = check_rows("table", table, (vocabulary, columns))
+        out = empty((len(ids), columns), table.dtype)
+        _native.embed(rows_of("table", table), vocabulary, columns, *where, rows_of("out", out))
+        return out
+    if table.dtype is None:
+        raise ValueError("the table was packed from integers, so its rows have no dtype")
+    out = empty((len(ids), table.k), table.dtype)
+    address, rows = table.buffer.address, rows_of("out", out)
+    if isinstance(table, QuantizedLinear):
+        _native.embed_quantized(table.shape, address, *where, rows)
+    else:
+        _native.embed_packed(address, table.n, table.k, DTYPES[table.dtype], *where, rows)
     return out
 
 

@@ -63,7 +63,7 @@ def allocate_kv(spec: KVSpec, pages: Sequence[int]) -> PagedKV:
     if len(pages) != len(spec.groups):
         raise ValueError(f"pages has {len(pages)} entries, but there are {len(spec.groups)} KV groups")
     layouts = [_layout(group) for group in spec.groups]
-    buffers = [_native.Buffer(count * page_bytes(group)) for group, count in zip(spec.groups, pages, strict=True)]
+    buffers = [_native.Buffer(count * page_bytes(group), True) for group, count in zip(spec.groups, pages, strict=True)]
     place = {layer: (g, i) for g, group in enumerate(spec.groups) for i, layer in enumerate(group.layers)}
     return PagedKV(spec, layouts, buffers, list(pages), place)
 

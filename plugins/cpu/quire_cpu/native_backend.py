@@ -30,6 +30,7 @@ from quire_cpu import memory, native
 from quire_cpu import native_attention as attention
 from quire_cpu.backend import CpuBackend
 from quire_cpu.native_capture import capture
+from quire_cpu.placement import huge_pages, place
 
 FORMATS = {name: format for name, format in reference.quantize.FORMATS.items() if not format.inputs}
 
@@ -41,6 +42,7 @@ class NativeCpuBackend(CpuBackend):
     capabilities = dataclasses.replace(
         CpuBackend.capabilities, page_sizes=frozenset({16, 32, 64, 128, 256}), head_sizes=(8, 256), graphs=True,
         quantization=frozenset(FORMATS), kv_dtypes=frozenset(attention.KV_DTYPES),
+        embed_formats=frozenset({"dense", *FORMATS}), isas=tuple(native.isas()),
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -48,8 +50,13 @@ class NativeCpuBackend(CpuBackend):
         self._arena = native.Arena()
 
     def devices(self) -> list[DeviceInfo]:
-        name, cores = memory.processor()[0], memory.cores()
-        return [DeviceInfo(0, name, f"{cores} core{'s' if cores != 1 else ''}; native kernels: {native.isa()}")]
+        cores, pages, nodes = memory.cores(), huge_pages(), place(memory.cores()).nodes
+        details = [f"{cores} core{'s' if cores != 1 else ''}", f"native kernels: {native.isa()}"]
+        if pages:
+            details.append(f"huge pages: {'no' if pages == 'never' else 'yes'}")
+        if nodes:
+            details.append(f"memory nodes: {', '.join(map(str, nodes))}")
+        return [DeviceInfo(0, memory.processor()[0], "; ".join(details + memory.limits()), cores)]
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         Backend.open(self, index, options)
@@ -58,6 +65,8 @@ class NativeCpuBackend(CpuBackend):
         threads = memory.cores() if options.threads is None else options.threads
         if threads < 1:
             raise UnsupportedOnDevice(self.name, "open", f"threads is {threads}, at least 1 is needed")
+        if options.isa is not None:
+            native.set_isa(options.isa)
         native.set_threads(threads)
         torch.set_num_threads(1)  # what torch still does is small: threads of its own would take cores from ours
 
@@ -112,7 +121,7 @@ class NativeCpuBackend(CpuBackend):
             reason = f"input {x.dtype} with a weight of {weight.dtype}"
             raise UnsupportedOnDevice(self.name, "linear", reason, ("cast one",))
 
-    def embed(self, ids: Tensor, table: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, table: Any) -> Tensor:
         return native.embed(ids, table)
 
     def rms_norm(

@@ -15,6 +15,7 @@ from quire_server.anthropic.events import PING, Answer, sse
 from quire_server.anthropic.schema import CountRequest, MessagesRequest
 from quire_server.anthropic.shape import PREFIX, failed
 from quire_server.errors import json_response
+from quire_server.model import Model
 from quire_server.openai import generation
 from quire_server.openai.chat import prepare
 from quire_server.openai.chat_schema import ChatRequest
@@ -32,10 +33,11 @@ PING_SECONDS = 10.0
 @router.post("")
 async def create_message(request: Request, body: MessagesRequest, server: State) -> Response:
     """Answer a conversation."""
-    head = {"id": f"msg_{uuid.uuid4().hex}", "model": server.model(body.model)}
-    chat = _chat(server, body, body.max_tokens)
+    model = server.model(body.model)
+    head = {"id": f"msg_{uuid.uuid4().hex}", "model": body.model}
+    chat = _chat(model, body, body.max_tokens)
     request.state.user = chat.user
-    events = _events(server, body, chat, head)
+    events = _events(model, body, chat, head)
     if body.stream:
         request_id = getattr(request.state, "request_id", None)
         return EventStream(_encoded(events), server.lifecycle, lambda error: sse(failed(error, request_id)))
@@ -45,33 +47,33 @@ async def create_message(request: Request, body: MessagesRequest, server: State)
 @router.post("/count_tokens")
 async def count_tokens(body: CountRequest, server: State) -> Response:
     """How many tokens the prompt of the same request has."""
-    server.model(body.model)
-    prompt = await server.text.chat_prompt(_chat(server, body, None))
+    model = server.model(body.model)
+    prompt = await model.text.chat_prompt(_chat(model, body, None))
     return json_response({"input_tokens": len(prompt.token_ids)})
 
 
-def _chat(server: Server, body: CountRequest, max_tokens: int | None) -> ChatRequest:
+def _chat(model: Model, body: CountRequest, max_tokens: int | None) -> ChatRequest:
     if body.thinking is not None:
         body.thinking.check(max_tokens)
     chat = body.chat()
-    chat.check(server.limits)
-    chat.check_prompt(server.limits, trust_template=False)
-    template = server.text.template(chat) or ""
-    thinks = server.settings.parsers.choice(template).reasoning is not None
+    chat.check(model.server.limits)
+    chat.check_prompt(model.server.limits, trust_template=False)
+    template = model.text.template(chat) or ""
+    thinks = model.parsers.choice(template).reasoning is not None
     chat.chat_template_kwargs = body.template_variables(template, thinks) or None
     return chat
 
 
-async def _events(server: Server, body: MessagesRequest, chat: ChatRequest, head: dict[str, Any]) -> Steps:
+async def _events(model: Model, body: MessagesRequest, chat: ChatRequest, head: dict[str, Any]) -> Steps:
     """The answer so far and what has happened to it; None: nothing that can be told."""
-    run = await prepare(server, chat, head["id"])
+    run = await prepare(model, chat, head["id"])
     room = run.job.sampling.max_tokens or 0
     run.job.sampling.max_tokens = min(room, body.max_tokens)
     shown = body.thinking is None or body.thinking.display != "omitted"
-    thoughts, prompt = run.reasoning_tokens(server, chat), len(run.job.prompt_token_ids)
+    thoughts, prompt = run.reasoning_tokens(model, chat), len(run.job.prompt_token_ids)
     made = Answer(head, run.parser(chat), thoughts, prompt, cut=room < body.max_tokens, show_thinking=shown)
     begun = False
-    async with aclosing(generation.outputs(server, chat, [run.job])) as items:
+    async with aclosing(generation.outputs(model, chat, [run.job])) as items:
         async for _, item in items:
             if not begun:
                 begun = True

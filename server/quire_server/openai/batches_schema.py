@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from quire_server.openai.base import Strict
+from quire_server.openai.fields import Metadata
 
-MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=512)]
 Id = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 KeptSeconds = Annotated[int, Field(ge=3600, le=2_592_000, description="From an hour to 30 days.")]
 
@@ -23,7 +22,7 @@ class BatchRequest(Strict):
     input_file_id: Id
     endpoint: Annotated[str, StringConstraints(max_length=64)]
     completion_window: Literal["24h"]
-    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
+    metadata: Metadata | None = None
     output_expires_after: ExpiresAfter | None = Field(None, description="How long the files that it makes are kept.")
 
 

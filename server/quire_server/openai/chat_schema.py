@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import from_json
 
-from quire.sampling.params import StructuredOutputs
-from quire_server.errors import refuse, refused_field
+from quire_server.errors import ApiError, refuse, refused_field
 from quire_server.limits import Limits
 from quire_server.openai.base import Strict
-from quire_server.openai.fields import REFUSED, GenerationFields, Int32
-from quire_server.openai.structure import calls, strict_calls
+from quire_server.openai.fields import REFUSED, CacheKey, GenerationFields, Int32, Metadata
+from quire_server.openai.structure import Form, of_calls
+from quire_server.tool_grammar import Tool as CallTool
+from quire_server.tool_grammar import Writer
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 TEXT_ONLY = "only text is supported"
+CUSTOM = "custom tools are not supported, only functions: structured_outputs.grammar holds a whole answer to a grammar"
 MOST_PARTS = 2**14  # messages, their parts and calls, whatever --max-messages says: more are not even looked at
 
 
@@ -23,7 +27,10 @@ class ContentPart(Strict):
     type: Literal["text", "refusal"]
     text: str | None = None
     refusal: str | None = None
-    refused = dict.fromkeys(("image_url", "input_audio", "audio_url", "video_url", "file"), ((), TEXT_ONLY))
+    refused = {  # noqa: RUF012
+        **dict.fromkeys(("image_url", "input_audio", "audio_url", "video_url", "file"), ((), TEXT_ONLY)),
+        "prompt_cache_breakpoint": ((), "equal prefixes are reused without it"),
+    }
 
     @field_validator("type", mode="before")
     @classmethod
@@ -108,6 +115,7 @@ class FunctionSpec(Strict):
 class Tool(Strict):
     type: Literal["function"] = "function"
     function: FunctionSpec
+    refused = {"custom": ((), CUSTOM)}  # noqa: RUF012
 
 
 class FunctionName(Strict):
@@ -119,6 +127,34 @@ class NamedChoice(Strict):
 
     type: Literal["function"] = "function"
     function: FunctionName
+    refused = {"custom": ((), CUSTOM)}  # noqa: RUF012
+
+
+class AllowedTools(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedChoice], Field(fail_fast=True, min_length=1)]
+
+
+class AllowedChoice(Strict):
+    """The only functions that may be called; the others are not even in the prompt."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _choice(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if kind is None and not isinstance(value, dict):
+        return "(mode)"
+    return "(allowed)" if kind == "allowed_tools" else "(function)"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("(mode)")]
+    | Annotated[NamedChoice, Tag("(function)")]
+    | Annotated[AllowedChoice, Tag("(allowed)")],
+    Discriminator(_choice),
+]
 
 
 def _parts(items: Any) -> int:
@@ -179,15 +215,15 @@ class ChatRequest(GenerationFields, ChatFields):
         "modalities": ((["text"],), TEXT_ONLY),
         "functions": ((), "deprecated by OpenAI: use tools"),
         "function_call": (("none",), "deprecated by OpenAI: use tool_choice"),
-        "metadata": (({},), "it belongs to stored answers: use /v1/responses"),
         "store": ((False,), "chat completions are not stored: use /v1/responses"),
         "prediction": ((), "predicted outputs are not supported"),
         "web_search_options": ((), "this server searches nothing"),
         "verbosity": (("medium",), "the model has no such setting"),
-        "prompt_cache_key": ((), "equal prefixes are reused without a key; cache_salt separates them"),
-        "prompt_cache_retention": ((), "pages are kept for as long as the memory allows"),
+        "prompt_cache_retention": (("in_memory",), "pages are kept for as long as the memory allows"),
         "prompt_cache_options": ((), "equal prefixes are reused without it"),
         "best_of": ((1,), "chat has no best_of"),
+        "return_prompt_text": ((False,), "/tokenize shows what a template makes of messages"),
+        "media_io_kwargs": ((), TEXT_ONLY),
     }
 
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
@@ -196,12 +232,29 @@ class ChatRequest(GenerationFields, ChatFields):
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool = False
     top_logprobs: Int32 | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     include_reasoning: bool = True
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     echo: bool = False
     safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(None, description="The new name of user.")
+    metadata: Metadata | None = Field(None, description="Told in the JSON log and in the trace.")
+    prompt_cache_key: CacheKey | None = None
+
+    @model_validator(mode="after")
+    def _only_allowed_tools(self) -> ChatRequest:
+        """``allowed_tools`` are a list of tools and a choice of the other form."""
+        if isinstance(self.tool_choice, AllowedChoice):
+            allowed = self.tool_choice.allowed_tools
+            known = {tool.function.name for tool in self.tools or ()}
+            for each in allowed.tools:
+                if each.function.name not in known:
+                    reason = f"no tool is named {each.function.name!r}"
+                    raise refused_field("tool_choice", reason, "invalid_value")
+            names = {each.function.name for each in allowed.tools}
+            self.tools = [tool for tool in self.tools or () if tool.function.name in names]
+            self.tool_choice = allowed.mode
+        return self
 
     @property
     def offers_tools(self) -> bool:
@@ -223,8 +276,10 @@ class ChatRequest(GenerationFields, ChatFields):
             limits.at_most("top_logprobs", self.top_logprobs, "max_logprobs")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise refuse("tool_choice", "tool_choice: only allowed when tools are given")
-        if isinstance(self.tool_choice, NamedChoice) and not self._named(self.tool_choice.function.name):
-            raise refuse("tool_choice", f"tool_choice: no tool is named {self.tool_choice.function.name!r}")
+        if isinstance(self.tool_choice, NamedChoice):
+            name = self.tool_choice.function.name
+            if all(tool.function.name != name for tool in self.tools or ()):
+                raise refuse("tool_choice", f"tool_choice: no tool is named {name!r}")
 
     @property
     def structure_field(self) -> str:
@@ -236,29 +291,36 @@ class ChatRequest(GenerationFields, ChatFields):
         strict = any(tool.function.strict for tool in self.tools or ())
         return self.offers_tools and (self.tool_choice not in (None, "auto") or strict)
 
-    def _named(self, name: str) -> list[tuple[str, dict[str, Any] | None]]:
-        return [(t.function.name, t.function.parameters) for t in self.tools or () if t.function.name == name]
-
-    def structure_with_tools(self, taught: bool) -> StructuredOutputs | None:
-        """The form of the output, tools considered. ``taught``: whether the template teaches a form of calls that is
-        parsed here. Raises ApiError, or InvalidParameter."""
-        asked = self.structure()
+    def form(self, writer: Writer | None) -> Form:
+        """The form of the output, tools considered. ``writer`` writes calls as the model does; None: nobody can here.
+        Raises ApiError, or InvalidParameter."""
+        asked, choice = self.structure(), self.tool_choice
+        tools = [CallTool(t.function.name, t.function.parameters) for t in self.tools or ()]
         if not self._by_tools:
-            if asked is not None and taught and (asked.json or asked.json_object) and self.response_format is not None:
-                tools = [(tool.function.name, tool.function.parameters) for tool in self.tools or ()]
-                return calls(tools, self.parallel_tool_calls, asked.json or '{"type":"object"}')
-            return asked
-        if not taught:
-            message = "tool_choice: this model's chat template teaches no form of tool calls that this server knows"
-            raise refuse("tool_choice", message)
+            if asked is None or writer is None or not self.offers_tools or self.response_format is None:
+                return Form(asked)
+            if not (asked.json or asked.json_object):
+                return Form(asked)
+            answer = json.loads(asked.json) if asked.json else {"type": "object"}
+            return of_calls(writer, lambda: writer.calls(tools, self.parallel_tool_calls, answer))
+        if writer is None:
+            raise self._cannot_force()
         if asked is not None:
             field = super().structure_field
             raise refuse(field, f"{field}: cannot be combined with a forced tool_choice or strict tools")
-        if isinstance(self.tool_choice, NamedChoice):
-            return calls(self._named(self.tool_choice.function.name)[:1], many=False)
-        tools = [(tool.function.name, tool.function.parameters) for tool in self.tools or ()]
-        if self.tool_choice == "required":
-            return calls(tools, self.parallel_tool_calls)
-        return strict_calls(
-            [(t.function.name, t.function.parameters if t.function.strict else None) for t in self.tools or ()]
+        if isinstance(choice, NamedChoice):
+            named = [tool for tool in tools if tool.name == choice.function.name][:1]
+            return of_calls(writer, lambda: writer.calls(named, many=False))
+        if choice == "required":
+            return of_calls(writer, lambda: writer.calls(tools, self.parallel_tool_calls))
+        held = [replace(tool, held=bool(t.function.strict)) for tool, t in zip(tools, self.tools or (), strict=True)]
+        return of_calls(writer, lambda: writer.free(held), free=True)
+
+    def _cannot_force(self) -> ApiError:
+        field = "tools" if self.tool_choice in (None, "auto") else "tool_choice"
+        message = (
+            f"{field}: calls cannot be forced or strict here: no parser of the server knows the form of calls that this "
+            "model's chat template teaches, or the one in use (--tool-call-parser) has no grammar of it. Use tool_choice "
+            "'auto' without strict, or ask for JSON by response_format"
         )
+        return refuse(field, message)

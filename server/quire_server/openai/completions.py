@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from quire.sampling.params import SamplingParams
 from quire_server.errors import from_engine, json_response, refuse
+from quire_server.model import Model
 from quire_server.openai import generation
 from quire_server.openai.completions_schema import CompletionRequest
 from quire_server.openai.generation import Job, PromptLogprobs, Result, StreamUsage
@@ -32,21 +33,21 @@ async def create_completion(request: Request, body: CompletionRequest, server: S
     body.check(server.limits)
     request.state.user = body.user
     head = {
-        "id": response_id("cmpl"),
+        "id": response_id("cmpl", body.request_id),
         "object": "text_completion",
         "created": int(time.time()),
-        "model": model,
+        "model": body.model or model.name,
         "system_fingerprint": server.fingerprint,
     }
     if body.stream:
-        return EventStream(_stream(server, body, head), server.lifecycle)
-    return await answer(request, server.lifecycle, _complete(server, body, head))
+        return EventStream(_stream(model, body, head), server.lifecycle)
+    return await answer(request, server.lifecycle, _complete(model, body, head))
 
 
-async def _jobs(server: Server, body: CompletionRequest, request_id: str) -> list[Job]:
+async def _jobs(model: Model, body: CompletionRequest, request_id: str) -> list[Job]:
     batch = body.prompt
-    server.limits.at_most("prompt", len(batch), "max_prompts")
-    server.limits.at_most("n", len(batch) * body.n, "max_sequences")
+    model.server.limits.at_most("prompt", len(batch), "max_prompts")
+    model.server.limits.at_most("n", len(batch) * body.n, "max_sequences")
     scored = body.logprobs if body.echo else None
     if body.prompt_logprobs is not None:
         scored = max(body.prompt_logprobs, scored or 0)
@@ -54,7 +55,7 @@ async def _jobs(server: Server, body: CompletionRequest, request_id: str) -> lis
 
     def prepare() -> SamplingParams:
         return body.sampling(
-            server.text.defaults,
+            model.text.defaults,
             max_tokens=generate,
             logprobs=body.logprobs,
             prompt_logprobs=scored,
@@ -62,45 +63,45 @@ async def _jobs(server: Server, body: CompletionRequest, request_id: str) -> lis
         )
 
     try:
-        sampling = await server.run(body.size, prepare)
+        sampling = await model.server.run(body.size, prepare)
     except ValueError as error:
         raise renamed(from_engine(error), body.structure_field) from None
     texts = [prompt for prompt in batch if isinstance(prompt, str)]
-    encoded = iter(await server.text.encode(texts, add_special_tokens=body.add_special_tokens))
+    encoded = iter(await model.text.encode(texts, add_special_tokens=body.add_special_tokens))
     jobs = []
     for i, prompt in enumerate(batch):
         text, ids = (prompt, next(encoded)) if isinstance(prompt, str) else (None, prompt)
-        kept = generation.truncate(body, ids, server.engine.info.max_model_len)
+        kept = generation.truncate(body, ids, model.engine.info.max_model_len)
         if len(kept) != len(ids):
             text, ids = None, kept
         if not ids:
             raise refuse("prompt", "prompt: it has no tokens")
-        server.room(len(ids), generate, "prompt")
+        model.room(len(ids), generate, "prompt")
         if text is None and body.echo:
-            text = await server.text.decode(ids, skip_special_tokens=False)
+            text = await model.text.decode(ids, skip_special_tokens=False)
         jobs.append(Job(f"{request_id}-{i}", text, ids, sampling))
     return jobs
 
 
-async def _complete(server: Server, body: CompletionRequest, head: dict[str, Any]) -> Response:
-    jobs = await _jobs(server, body, head["id"])
-    results = await generation.gather(server, body, jobs)
+async def _complete(model: Model, body: CompletionRequest, head: dict[str, Any]) -> Response:
+    jobs = await _jobs(model, body, head["id"])
+    results = await generation.gather(model, body, jobs)
     choices = [
-        _choice(server, body, i, j, job, result)
+        _choice(model, body, i, j, job, result)
         for i, (job, result) in enumerate(zip(jobs, results, strict=True))
         for j in range(body.n)
     ]
     return json_response({**head, "choices": choices, "usage": generation.total_usage(results)})
 
 
-def _choice(server: Server, body: CompletionRequest, i: int, j: int, job: Job, result: Result) -> dict[str, Any]:
+def _choice(model: Model, body: CompletionRequest, i: int, j: int, job: Job, result: Result) -> dict[str, Any]:
     sample = result.samples[j]
     if body.max_tokens == 0:  # one token was generated because the engine scores a prompt only on its way to one
         sample.text, sample.token_ids, sample.logprobs = "", [], []
         sample.finish_reason, sample.stop_reason = "length", None
     logprobs = None
     if body.logprobs is not None:
-        table = LogprobTable(server, body)
+        table = LogprobTable(model, body)
         if body.echo:
             table.add_prompt(job.prompt_token_ids, result.prompt_logprobs or [])
         table.add(sample.token_ids, sample.logprobs)
@@ -118,11 +119,11 @@ def _choice(server: Server, body: CompletionRequest, i: int, j: int, job: Job, r
     return choice
 
 
-async def _stream(server: Server, body: CompletionRequest, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
-    jobs = await _jobs(server, body, head["id"])
+async def _stream(model: Model, body: CompletionRequest, head: dict[str, Any]) -> AsyncGenerator[bytes, None]:
+    jobs = await _jobs(model, body, head["id"])
     counts = StreamUsage(body, jobs)
-    choices = [_StreamedChoice(server, body, jobs[i // body.n], i) for i in range(len(jobs) * body.n)]
-    async with aclosing(generation.outputs(server, body, jobs)) as items:
+    choices = [_StreamedChoice(model, body, jobs[i // body.n], i) for i in range(len(jobs) * body.n)]
+    async with aclosing(generation.outputs(model, body, jobs)) as items:
         async for index, item in items:
             counts.saw(index, item)
             for output in item.outputs:
@@ -140,9 +141,9 @@ async def _stream(server: Server, body: CompletionRequest, head: dict[str, Any])
 class _StreamedChoice:
     """Turns one sample's deltas into the choices of chunks; the first carries the prompt when it is echoed."""
 
-    def __init__(self, server: Server, body: CompletionRequest, job: Job, index: int) -> None:
+    def __init__(self, model: Model, body: CompletionRequest, job: Job, index: int) -> None:
         self.body, self.job, self.index = body, job, index
-        self.table = LogprobTable(server, body) if body.logprobs is not None else None
+        self.table = LogprobTable(model, body) if body.logprobs is not None else None
         self.first = True
         self.prompt_rows: PromptLogprobs | None = None
 
@@ -175,8 +176,8 @@ class _StreamedChoice:
 class LogprobTable:
     """OpenAI's completion logprobs: parallel lists, with each token's offset in the choice's text."""
 
-    def __init__(self, server: Server, body: CompletionRequest) -> None:
-        self.server, self.body = server, body
+    def __init__(self, model: Model, body: CompletionRequest) -> None:
+        self.model, self.body = model, body
         self._offset = 0
         self._clear()
 
@@ -189,7 +190,7 @@ class LogprobTable:
     def add_prompt(self, token_ids: Sequence[int], rows: PromptLogprobs) -> None:
         for token, row in zip(token_ids, rows, strict=False):
             if row is None:  # nothing comes before the first token: it has no probability
-                self._row(self.server.text.token(token), None, None)
+                self._row(self.model.text.token(token), None, None)
             else:
                 self.add([token], [row])
 

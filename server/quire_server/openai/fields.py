@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator, StringConstraints
 
 from quire.sampling.params import SamplingParams, StructuredOutputs
 from quire_server.errors import refuse
 from quire_server.limits import Limits
 from quire_server.openai.base import Strict
 from quire_server.openai.structure import ResponseFormat, outputs_of
+from quire_server.record import REQUEST_ID
 
 T = TypeVar("T")
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64)]
@@ -18,19 +19,20 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
 
+AT_ONCE = 2**16  # token ids that are looked at before other threads get their turn: 2 ms
+
+
 def token_ids(value: Any) -> list[int]:
     """A list of token ids, checked without a look at each from Python: prompts have up to millions."""
-    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+    if not isinstance(value, list):
         raise ValueError("must be a list of token ids")
-    if value and (min(value) < 0 or max(value) >= 2**31):
-        raise ValueError("token ids are at least 0 and below 2147483648")
+    for begin in range(0, len(value), AT_ONCE):
+        some = value[begin : begin + AT_ONCE]
+        if not set(map(type, some)) <= {int}:
+            raise ValueError("must be a list of token ids")
+        if min(some) < 0 or max(some) >= 2**31:
+            raise ValueError("token ids are at least 0 and below 2147483648")
     return value
-
-
-TokenIds = Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=list[TokenId])]
-# fail_fast: a list of a million wrong elements is one error, not a million.
-Texts = Annotated[list[str], Field(fail_fast=True)]
-Stop = str | Texts
 
 
 def _not_huge(value: Any) -> Any:
@@ -38,6 +40,19 @@ def _not_huge(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > 2**16:
         raise ValueError(f"has {len(value)} entries, more than any vocabulary needs")
     return value
+
+
+TokenIds = Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=list[TokenId])]
+# fail_fast: a list of a million wrong elements is one error, not a million.
+Texts = Annotated[list[str], Field(fail_fast=True)]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[dict[MetadataKey, MetadataValue], BeforeValidator(_not_huge), Field(max_length=16)]
+CacheKey = Annotated[
+    str,
+    Field(max_length=512, description="Equal prefixes are reused without it as with it; cache_salt separates them."),
+]
+Stop = str | Texts
 
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -54,6 +69,19 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logits_processors": ((), "code from a request is never run"),
     "kv_transfer_params": ((), "prefill and decode on different workers is not supported yet"),
     "mm_processor_kwargs": ((), "only text is supported"),
+    "ec_transfer_params": ((), "only text is supported"),
+    "mm_payload": ((), "only text is supported"),
+    "return_mm_kwargs": ((False,), "only text is supported"),
+    "prompt_embeds": ((), "tensors of a request are never read: send text or token ids"),
+    "logprob_token_ids": ((), "the likeliest tokens are told (top_logprobs), not chosen ones"),
+    "repetition_detection": ((), "use repetition_penalty, or stop"),
+    "return_token_offsets": ((False,), "completions' logprobs have text_offset"),
+    "routed_experts_prompt_start": ((0,), "which experts were used is not told"),
+    "session_id": ((), "equal prefixes are reused without it"),
+    "stream_interval": ((1,), "each step of the engine is an event; what a slow reader has not taken is merged"),
+    "thinking_token_budget": ((), "max_completion_tokens bounds reasoning and answer together"),
+    "vllm_xargs": ((), "no extension of this server reads them"),
+    "watermarking": ((False,), "answers carry no watermark"),
     "service_tier": (("auto", "default"), "this server has one tier"),
     "moderation": ((), "this server moderates nothing"),
 }
@@ -97,6 +125,7 @@ class GenerationFields(Strict):
     bad_words: Texts | None = None
     prompt_logprobs: Int32 | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    truncation_side: Literal["left", "right"] | None = Field(None, description="Which end is cut off: left.")
     return_tokens_as_token_ids: bool = False
     return_token_ids: bool = False
     response_format: ResponseFormat | None = None
@@ -104,6 +133,9 @@ class GenerationFields(Strict):
         None, description="vLLM's: one of json, json_object, regex, choice, grammar, structural_tag."
     )
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[str, Field(pattern=REQUEST_ID)] | None = Field(
+        None, description="A part of the answer's id, where no header X-Request-Id has one."
+    )
     priority: Int32 = 0
     deadline: Annotated[float, Field(gt=0, le=1e6)] | None = Field(
         None, description="Seconds in which the request must finish; what it has by then is the answer."
@@ -133,6 +165,8 @@ class GenerationFields(Strict):
 
     def check(self, limits: Limits) -> None:
         """Refuse by name what is over a limit or contradicts another field."""
+        if self.truncation_side is not None and self.truncate_prompt_tokens is None:
+            raise refuse("truncation_side", "truncation_side: only together with truncate_prompt_tokens")
         if self.stream_options is not None and not self.stream:
             raise refuse("stream_options", "stream_options: only allowed when stream is true")
         if self.prompt_logprobs is not None:

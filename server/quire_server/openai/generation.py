@@ -14,6 +14,7 @@ from quire.sampling.params import SamplingParams
 from quire_server.errors import ApiError, from_engine, refuse
 from quire_server.keys import current_key
 from quire_server.metrics import RequestTimer
+from quire_server.model import Model
 from quire_server.openai.fields import GenerationFields
 from quire_server.openai.structure import renamed
 from quire_server.reasoning_tokens import ReasoningTokens
@@ -40,24 +41,24 @@ class Job:
 
 
 async def outputs(
-    server: Server, fields: GenerationFields, jobs: Sequence[Job]
+    model: Model, fields: GenerationFields, jobs: Sequence[Job]
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Deltas of all jobs, as (index of the job, output). Raises ApiError; closing it aborts what still runs."""
-    source = merged([_observed(server, fields, job) for job in jobs])
+    source = merged([_observed(model, fields, job) for job in jobs])
     async with aclosing(source):
         async for item in source:
             yield item
 
 
-async def _observed(server: Server, fields: GenerationFields, job: Job) -> AsyncGenerator[RequestOutput, None]:
+async def _observed(model: Model, fields: GenerationFields, job: Job) -> AsyncGenerator[RequestOutput, None]:
+    server = model.server
     _log(server, job)
-    timer = RequestTimer(server.metrics, job.sampling.n, job.sampling.max_tokens or 0)
-    model = fields.model or server.settings.model_names[0]
-    timer.sent(model, job.request_id, len(job.prompt_token_ids), job.sampling)
+    timer = RequestTimer(model.metrics, job.sampling.n, job.sampling.max_tokens or 0)
+    timer.sent(fields.model or model.name, job.request_id, len(job.prompt_token_ids), job.sampling)
     prompt = {"prompt": job.prompt, "prompt_token_ids": job.prompt_token_ids}
     finished = False
     try:
-        source = server.engine.generate(
+        source = model.engine.generate(
             prompt,
             job.sampling,
             job.request_id,
@@ -124,13 +125,13 @@ class Result:
 
 
 async def gather(
-    server: Server,
+    model: Model,
     fields: GenerationFields,
     jobs: Sequence[Job],
 ) -> list[Result]:
     """All jobs to their end."""
     results = [Result(job.prompt_token_ids, [Sample() for _ in range(job.sampling.n)]) for job in jobs]
-    async with aclosing(outputs(server, fields, jobs)) as items:
+    async with aclosing(outputs(model, fields, jobs)) as items:
         async for index, item in items:
             result = results[index]
             result.cached = max(result.cached, item.num_cached_tokens)
@@ -214,7 +215,7 @@ def token_name(fields: GenerationFields, token: int, logprob: Logprob) -> str:
 
 
 def truncate(fields: GenerationFields, token_ids: list[int], max_model_len: int) -> list[int]:
-    """The last ``truncate_prompt_tokens`` of the prompt; -1 keeps what the context holds."""
+    """The last ``truncate_prompt_tokens`` of the prompt, or the first of them; -1 keeps what the context holds."""
     keep = fields.truncate_prompt_tokens
     if keep is None:
         return token_ids
@@ -224,4 +225,4 @@ def truncate(fields: GenerationFields, token_ids: list[int], max_model_len: int)
         )
     if keep == -1:
         keep = max_model_len - 1
-    return token_ids[max(len(token_ids) - keep, 0) :]
+    return token_ids[:keep] if fields.truncation_side == "right" else token_ids[max(len(token_ids) - keep, 0) :]

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from quire_server.errors import ApiError, refuse
+from quire_server.model import Model
 from quire_server.openai.pooling_schema import (
     EmbeddingRequest,
     PoolingFields,
@@ -61,25 +62,26 @@ async def create_rerank(request: Request, body: RerankRequest, server: State) ->
 async def _pool(request: Request, server: Server, body: PoolingFields, task: str) -> NoReturn:
     """Raises ApiError: the request's fault if it has one, else that the model cannot."""
     model = server.model(body.model)
+    named = body.model or model.name
     request.state.user = body.user
     field, prompts = body.prompts()
     server.limits.at_most(field, len(prompts), "max_prompts")
     if body.truncate_prompt_tokens == 0:
         raise refuse("truncate_prompt_tokens", "truncate_prompt_tokens: must be at least 1, or -1 for the context")
     if body.truncate_prompt_tokens is None:
-        await _check_lengths(server, body, field, prompts)
-    if task not in server.engine.info.tasks:
-        does = " and ".join(server.engine.info.tasks)
+        await _check_lengths(model, body, field, prompts)
+    if task not in model.engine.info.tasks:
+        does = " and ".join(model.engine.info.tasks)
         instead = _INSTEAD[task.removeprefix("token_")]
-        message = f"model: {model} does not {task}, it can {does}: {instead}"
+        message = f"model: {named} does not {task}, it can {does}: {instead}"
         raise refuse("model", message, "model_not_supported")
-    raise ApiError(501, f"model: {model} can {task}, but this server cannot ask it to yet", param="model")
+    raise ApiError(501, f"model: {named} can {task}, but this server cannot ask it to yet", param="model")
 
 
-async def _check_lengths(server: Server, body: PoolingFields, field: str, prompts: list[str | list[int]]) -> None:
+async def _check_lengths(model: Model, body: PoolingFields, field: str, prompts: list[str | list[int]]) -> None:
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(await server.text.encode(texts, add_special_tokens=body.add_special_tokens))
-    limit = server.engine.info.max_model_len
+    encoded = iter(await model.text.encode(texts, add_special_tokens=body.add_special_tokens))
+    limit = model.engine.info.max_model_len
     for index, prompt in enumerate(prompts):
         count = len(next(encoded) if isinstance(prompt, str) else prompt)
         if count > limit:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from quire_server.auth import owner_of
 from quire_server.errors import from_engine, json_response, path_of, refuse
 from quire_server.lifecycle import shutting_down
+from quire_server.model import Model
 from quire_server.openai import generation
 from quire_server.openai.chat import ChatRun, prepare, token_logprobs
 from quire_server.openai.chat_schema import ChatRequest
@@ -25,6 +26,7 @@ from quire_server.openai.responses_events import Answer, sse
 from quire_server.openai.responses_items import ITEMS, Items, new_id
 from quire_server.openai.responses_schema import ResponsesRequest, in_our_names
 from quire_server.openai.responses_tokens import Ledger
+from quire_server.record import current
 from quire_server.routing import StrictRoute
 from quire_server.state import Server, server_of
 from quire_server.streaming import EventStream, answer
@@ -37,6 +39,7 @@ State = Annotated[Server, Depends(server_of)]
 async def create_response(request: Request, body: ResponsesRequest, server: State) -> Response:
     """Answer a conversation."""
     request.state.user = body.user or body.safety_identifier
+    current().metadata = body.metadata
     plan = await _plan(server, body, owner_of(request))
     if body.background:
         return await _begin(server, plan)
@@ -57,6 +60,7 @@ async def count_input_tokens(request: Request, body: ResponsesRequest, server: S
 class _Plan:
     """A request ready for the engine, with the answer that it will be."""
 
+    model: Model
     body: ResponsesRequest
     chat: ChatRequest
     run: ChatRun
@@ -67,6 +71,7 @@ class _Plan:
 
 async def _plan(server: Server, body: ResponsesRequest, owner: str | None) -> _Plan:
     model, created = server.model(body.model), time.time()
+    named = body.model or model.name
     body.check_own()
     if body.background:
         server.background.check()
@@ -79,18 +84,18 @@ async def _plan(server: Server, body: ResponsesRequest, owner: str | None) -> _P
             chat._size = body.size
         chat.check(server.limits)
         chat.check_prompt(server.limits, False)
-        run = await prepare(server, chat, response_id)
-    response = {"id": response_id, "object": "response", "created_at": created, "model": model}
+        run = await prepare(model, chat, response_id)
+    response = {"id": response_id, "object": "response", "created_at": created, "model": named}
     response |= _echo(body) | {"temperature": run.job.sampling.temperature, "top_p": run.job.sampling.top_p}
     made = Answer(
         response,
         run.parser(chat),
-        Ledger(server.text.token_bytes),
+        Ledger(model.text.token_bytes),
         len(run.job.prompt_token_ids),
-        partial(token_logprobs, server, chat) if chat.logprobs else None,
+        partial(token_logprobs, model, chat) if chat.logprobs else None,
     )
     items = before + [item.stored() for item in own] if body.store else []
-    return _Plan(body, chat, run, made, owner, items)
+    return _Plan(model, body, chat, run, made, owner, items)
 
 
 async def _before(server: Server, previous: str | None, owner: str | None) -> list[dict[str, Any]]:
@@ -152,11 +157,11 @@ def _plain(choice: Any) -> Any:
 
 
 # -- the three ways to the answer -------------------------------------------------------------------------------------
-async def _events(server: Server, plan: _Plan) -> AsyncGenerator[dict[str, Any], None]:
+async def _events(plan: _Plan) -> AsyncGenerator[dict[str, Any], None]:
     """All but the last events. Raises ApiError, before the first one if the engine refuses the request."""
     begun = False
     with in_our_names():
-        async with aclosing(generation.outputs(server, plan.chat, [plan.run.job])) as items:
+        async with aclosing(generation.outputs(plan.model, plan.chat, [plan.run.job])) as items:
             async for _, item in items:
                 if not begun:
                     begun = True
@@ -183,7 +188,7 @@ async def _last(server: Server, plan: _Plan, events: Iterator[dict[str, Any]], r
 
 
 async def _whole(server: Server, plan: _Plan) -> Response:
-    async with aclosing(_events(server, plan)) as events:
+    async with aclosing(_events(plan)) as events:
         async for _ in events:
             pass
     for _ in plan.answer.end():
@@ -195,7 +200,7 @@ async def _whole(server: Server, plan: _Plan) -> Response:
 async def _stream(server: Server, plan: _Plan) -> AsyncGenerator[bytes, None]:
     begun = False
     try:
-        async with aclosing(_events(server, plan)) as events:
+        async with aclosing(_events(plan)) as events:
             async for event in events:
                 begun = True
                 yield sse(event)
@@ -223,7 +228,7 @@ async def _work(server: Server, plan: _Plan, run: Run) -> None:
     made = plan.answer
     try:
         await server.responses.put(made.response, plan.owner, plan.items)
-        async with aclosing(_events(server, plan)) as events:
+        async with aclosing(_events(plan)) as events:
             async for event in events:
                 run.tell(sse(event))
         end = made.end()

@@ -74,6 +74,10 @@ class Background:
         run = self._runs.get(response_id)
         return run if run is not None and run.owner == owner else None
 
+    def of(self, owner: str) -> int:
+        """How many are at work in this name."""
+        return sum(run.owner == owner for run in self._runs.values())
+
     def check(self) -> None:
         """Raises 429 when there are too many."""
         if len(self._runs) >= self.limit:

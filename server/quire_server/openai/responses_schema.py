@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from quire_server.errors import ApiError, refuse
 from quire_server.openai.base import Strict
 from quire_server.openai.chat_schema import ChatRequest, FunctionName, FunctionSpec, Message, NamedChoice, Tool
-from quire_server.openai.fields import REFUSED, GenerationFields, Int32
+from quire_server.openai.fields import REFUSED, CacheKey, GenerationFields, Int32, Metadata
 from quire_server.openai.responses_items import Id, Item, Items, MessageItem, messages, only
 from quire_server.openai.structure import ResponseFormat
 
@@ -112,6 +112,13 @@ class ResponsesRequest(GenerationFields):
         "stream_options": (({}, {"include_obfuscation": False}), "this server adds no padding to events"),
         "prompt_logprobs": ((), "use /v1/chat/completions"),
         "truncate_prompt_tokens": ((), "use /v1/chat/completions"),
+        "truncation_side": ((), "use /v1/chat/completions"),
+        "request_id": ((), "a response's id is the server's: send a header X-Request-Id"),
+        "background_options": ((), "responses in the background need none"),
+        "include_reasoning": ((True,), "reasoning is in items of its own"),
+        "previous_input_messages": ((), "use previous_response_id, or send the items"),
+        "enable_response_messages": ((False,), "/tokenize shows what a template makes of messages"),
+        "media_io_kwargs": ((), "only text is supported"),
         "return_tokens_as_token_ids": ((False,), "use /v1/chat/completions"),
         "return_token_ids": ((False,), "use /v1/chat/completions"),
         "max_tool_calls": ((), "it counts calls of built-in tools, and this server has none"),
@@ -121,7 +128,7 @@ class ResponsesRequest(GenerationFields):
         "context_management": ((), "this server compacts no conversations"),
         "image": ((), "only text is supported"),
         "access_programs": ((), "this server has none"),
-        "prompt_cache_retention": ((), "pages are kept for as long as the memory allows"),
+        "prompt_cache_retention": (("in_memory",), "pages are kept for as long as the memory allows"),
         "prompt_cache_options": ((), "equal prefixes are reused without it"),
     }
 
@@ -142,13 +149,11 @@ class ResponsesRequest(GenerationFields):
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     include: Annotated[list[str], Field(fail_fast=True)] | None = None
     top_logprobs: Int32 | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Metadata | None = Field(None, description="Told in the JSON log and in the trace, too.")
     store: bool = True
     background: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    prompt_cache_key: Annotated[str, Field(max_length=512)] | None = Field(
-        None, description="Equal prefixes are reused without it as with it; the response carries it."
-    )
+    prompt_cache_key: CacheKey | None = None
     safety_identifier: Annotated[str, Field(max_length=512)] | None = Field(None, description="The new name of user.")
 
     def items(self) -> Items:
@@ -168,11 +173,6 @@ class ResponsesRequest(GenerationFields):
             raise refuse("top_logprobs", f"top_logprobs: only together with include: [{LOGPROBS!r}]")
         if self.background and not self.store:
             raise refuse("background", "background: a response that is not stored could not be retrieved")
-        metadata = self.metadata or {}
-        if len(metadata) > 16 or any(
-            len(key) > 64 or not isinstance(value, str) or len(value) > 512 for key, value in metadata.items()
-        ):
-            raise refuse("metadata", "metadata: at most 16 strings of 512 characters under names of 64")
         names = {tool.name for tool in self.tools or ()}
         if isinstance(self.tool_choice, AllowedTools):
             for choice in self.tool_choice.tools:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from quire.sampling.grammar import GrammarError, json_rule
+from quire.sampling.grammar import GrammarError
 from quire.sampling.params import STRUCTURES, StructuredOutputs
 from quire_server.errors import ApiError, refuse
 from quire_server.openai.base import Strict
-from quire_server.tool_parsers.hermes import Hermes
+from quire_server.tool_grammar import CannotWrite, Writer
 
-OPTIONS = (*STRUCTURES, "disable_any_whitespace", "whitespace_pattern")
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
+OPTIONS = (*STRUCTURES, "disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 
 
 class ResponseFormat(Strict):
@@ -73,44 +73,23 @@ def outputs_of(options: dict[str, Any]) -> StructuredOutputs:
     return StructuredOutputs(**given)
 
 
-def calls(tools: list[tuple[str, dict[str, Any] | None]], many: bool, instead: str | None = None) -> StructuredOutputs:
-    """One call of one of ``tools`` (name, schema of the arguments), or with ``many`` at least one, in the Hermes form.
+@dataclass(frozen=True)
+class Form:
+    """``outputs`` None: nothing is asked. ``reasoning`` says how it goes with what a model may think first: "before" the
+    form, "within" it, for it lets text be; or "own": the form itself says where reasoning stands."""
 
-    ``instead``: a JSON schema that the whole output may match as well. Raises ApiError.
-    """
+    outputs: StructuredOutputs | None
+    reasoning: Literal["before", "within", "own"] = "before"
+
+
+def of_calls(writer: Writer, make: Callable[[], str], free: bool = False) -> Form:
+    """The grammar that ``make`` has ``writer`` write. Raises ApiError when the tools cannot be written so."""
     try:
-        rules = [f"tool_{i}: {_text(_opening(name))} {_rule(schema)} {_text(CLOSING)}"
-                 for i, (name, schema) in enumerate(tools)]  # fmt: skip
-        start = 'start: call ("\\n" call)*' if many else "start: call"
-        if instead is not None:
-            start += " | answer"
-            rules.append("answer: " + json_rule(json.loads(instead)))
-    except GrammarError as error:
+        grammar = make()
+    except (CannotWrite, GrammarError) as error:
         raise refuse("tools", f"tools: {error}") from None
-    return StructuredOutputs(
-        grammar="\n".join([start, "call: " + " | ".join(f"tool_{i}" for i in range(len(tools))), *rules])
-    )
-
-
-def strict_calls(tools: list[tuple[str, dict[str, Any] | None]]) -> StructuredOutputs:
-    """Free text in which a call, once it begins, is one of ``tools`` with arguments by its schema."""
-    structures = [{"begin": _opening(name), "schema": schema or ANY_OBJECT, "end": CLOSING} for name, schema in tools]
-    return StructuredOutputs(structural_tag={"structures": structures, "triggers": [Hermes.OPEN]})
-
-
-CLOSING = "}\n" + Hermes.CLOSE
-
-
-def _opening(name: str) -> str:
-    return f'{Hermes.OPEN}\n{{"name": {json.dumps(name)}, "arguments": '
-
-
-def _rule(schema: dict[str, Any] | None) -> str:
-    return json_rule({**ANY_OBJECT, **schema} if schema else {**ANY_OBJECT, "properties": {}})
-
-
-def _text(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+    own = getattr(writer.parser, "REASONS", False)
+    return Form(StructuredOutputs(grammar=grammar), "own" if own else "within" if free else "before")
 
 
 def renamed(error: ApiError, field: str) -> ApiError:

@@ -303,6 +303,25 @@ $("key-form").addEventListener("submit", (event) => {
   begin();
 });
 
+// Of several models one is talked to and watched; the conversation goes on when another is chosen.
+function choose(names) {
+  if (!names.includes(model)) model = names[0];
+  const several = names.length > 1, list = $("models");
+  $("choice").hidden = !several;
+  $("model").hidden = several;
+  $("model").textContent = model;
+  document.title = `${model} · Quire`;
+  if (several && [...list.options].map((one) => one.value).join() !== names.join()) {
+    list.replaceChildren(...names.map((name) => new Option(name, name)));
+  }
+  list.value = model;
+}
+
+$("models").addEventListener("change", () => {
+  model = $("models").value;
+  begin();
+});
+
 let connecting = null;
 
 async function begin() {
@@ -310,11 +329,10 @@ async function begin() {
   const { signal } = (connecting = new AbortController());
   for (;;) {
     try {
-      model = (await getJson("v1/models")).data[0].id;
-      $("model").textContent = model;
-      document.title = `${model} · Quire`;
+      const cards = (await getJson("v1/models")).data;
+      choose([...new Set(cards.map((card) => card.root))]); // aliases are other names of the same
       $("key-form").hidden = true;
-      await watch(signal);
+      await watch(signal, model);
     } catch (error) {
       if (signal.aborted) return;
       $("state").textContent = error.status === 401 ? "needs a key" : "no answer";

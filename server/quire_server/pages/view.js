@@ -8,12 +8,14 @@ const $ = (id) => document.getElementById(id);
 const KEEP = 120; // points of a plot: a minute
 const WINDOW = 20; // updates over which latencies are taken
 const history = [];
-let last = null;
+let last = null, watched = null;
 
-// Shows updates until the stream ends or fails.
-export async function watch(signal) {
+// Shows updates of one model's engine until the stream ends or fails.
+export async function watch(signal, model) {
   last = null;
-  for await (const view of events("engine/stream", { signal })) take(view);
+  if (watched !== model) history.length = 0;
+  watched = model;
+  for await (const view of events(`engine/stream?model=${encodeURIComponent(model)}`, { signal })) take(view);
 }
 
 const milliseconds = (seconds) => seconds === null ? "–" : seconds < 0.01 ? `${(1000 * seconds).toFixed(1)} ms` : `${Math.round(1000 * seconds)} ms`;

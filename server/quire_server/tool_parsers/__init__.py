@@ -16,7 +16,7 @@ BUILT_IN = {
     "llama4_pythonic": "pythonic.Pythonic",
     "mistral": "mistral.Mistral",
     "deepseek_v3": "deepseek.DeepSeek",
-    "deepseek_v31": "deepseek.DeepSeek",
+    "deepseek_v31": "deepseek.DeepSeekV31",
     "kimi_k2": "kimi_k2.KimiK2",
     "glm45": "glm45.Glm45",
     "qwen3_coder": "qwen3_coder.Qwen3Coder",

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from quire_server.tool_calls import Call, Framed, dump_arguments
+from quire_server.tool_grammar import Forceable, Grammar, Opening, Tool, literal
 from quire_server.tool_parsers import typed
 
 
-class Glm45(Framed):
+class Glm45(Framed, Forceable):
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
+    AGAIN = "\n"
+    START, END = "<arg_key>NAME</arg_key>\n<arg_value>", "</arg_value>\n"
+    MARKS = ("<arg_key>", CLOSE)  # that no bare text may hold
 
     def read(self, body: str) -> list[Call] | None:
         head, *parts = body.split("<arg_key>")
@@ -28,3 +33,11 @@ class Glm45(Framed):
             values[key.strip()] = typed.value(text, schemas.get(key.strip()))
         arguments = dump_arguments(values)
         return None if arguments is None else [Call(name, arguments)]
+
+    @classmethod
+    def openings(cls, g: Grammar, tools: Sequence[Tool], many: bool) -> list[Opening]:
+        calls = (
+            f"{literal(tool.name + chr(10))} {typed.arguments(g, tool, cls.START, cls.END, *cls.MARKS)} {literal(cls.CLOSE)}"
+            for tool in tools
+        )
+        return [Opening(cls.OPEN, g.one_of(calls))]

@@ -10,12 +10,13 @@ from typing import Any
 
 from quire_server.reader import Steps, Tags
 from quire_server.tool_calls import Call, StepParser, dump_arguments, json_calls, read_json
+from quire_server.tool_grammar import Forceable, Grammar, Opening, Tool, literal
 
 OPEN = "[TOOL_CALLS]"
 _AFTER_NAME, _AFTER_ID = Tags("[CALL_ID]", "[ARGS]", "{"), Tags("[ARGS]", "{")
 
 
-class Mistral(StepParser):
+class Mistral(StepParser, Forceable):
     special_tokens = True
 
     def __init__(self, tools: Sequence[dict[str, Any]] = ()) -> None:
@@ -50,6 +51,19 @@ class Mistral(StepParser):
         arguments = _object(text) if closed else None
         good = arguments is not None and name.strip() and not set(name.strip()) & set(" \n\t")
         self.give([Call(name.strip(), arguments, made.strip() or new_id())] if good and arguments else None, raw + text)
+
+    @classmethod
+    def openings(cls, g: Grammar, tools: Sequence[Tool], many: bool) -> list[Opening]:
+        """The newer form where the tokenizer has its mark, else the array."""
+        if g.special("[ARGS]") is None:
+            call = g.one_of(g.json_call(tool) for tool in tools)
+            more = f"({literal(', ')} {call})*" if many else ""
+            return [Opening(OPEN, f"{literal(' [')} {call} {more} {literal(']')}")]
+        made = ""
+        if g.special("[CALL_ID]") is not None:
+            made = f"({g.mark('[CALL_ID]')} {g.terminal('/[a-zA-Z0-9]{9}/')})?"
+        start = g.one_of(f"{literal(tool.name)} {made} {g.mark('[ARGS]')} {g.json(tool.schema())}" for tool in tools)
+        return [Opening(OPEN, f"{start} ({g.mark(OPEN)} {start})*" if many else start)]
 
 
 def new_id() -> str:

@@ -5,12 +5,16 @@ tokens below says before Python's own parser sees it."""
 from __future__ import annotations
 
 import ast
+import keyword
 import re
 from collections.abc import Sequence
 from typing import Any
 
 from quire_server.reader import Steps
 from quire_server.tool_calls import Call, StepParser, dump_arguments
+from quire_server.tool_grammar import CannotWrite, Forceable, Grammar, Tool, literal
+from quire_server.tool_parsers import typed
+from quire_server.tool_parsers.llama3_json import framed, text_not_from
 
 LIMIT = 2**16  # characters: a syntax tree is many times its text
 _WORDS = {"true": True, "false": False, "null": None}
@@ -23,7 +27,7 @@ _TOKENS = re.compile(
 )
 
 
-class Pythonic(StepParser):
+class Pythonic(StepParser, Forceable):
     special_tokens = True
 
     def __init__(self, tools: Sequence[dict[str, Any]] = ()) -> None:
@@ -44,6 +48,72 @@ class Pythonic(StepParser):
             after = yield from reader.space()
             if not (yield from reader.accept("<|python_end|>")):
                 self.say(after)
+
+    @classmethod
+    def forced(cls, g: Grammar, tools: Sequence[Tool], many: bool) -> str:
+        call = g.one_of(f"{literal(_written(tool.name) + '(')} {_arguments(g, tool)}" for tool in tools)
+        more = f"({literal(', ')} {call})*" if many else ""
+        return framed(g, f"{literal('[')} {call} {more} {literal(']')}")
+
+    @classmethod
+    def free(cls, g: Grammar, tools: Sequence[Tool]) -> str:
+        return f"{cls.forced(g, tools, True)} | {text_not_from(g, '[')}?"
+
+    @classmethod
+    def either(cls, g: Grammar, tools: Sequence[Tool], many: bool, answer: dict[str, Any]) -> str:
+        if answer.get("type") != "object":
+            raise CannotWrite(
+                "an answer by a schema beside tools must be one of type 'object', since this model's calls are a list: use "
+                "such a schema, or tool_choice 'none'"
+            )
+        return super().either(g, tools, many, answer)
+
+
+def _arguments(g: Grammar, tool: Tool) -> str:
+    """``a=1, b="x")``: those that must be given and those that may, in the schema's order.
+
+    JSON's texts are Python's here, since its strings have no escapes of their own; only at the top do true, false and
+    null have Python's names, which the model knows.
+    """
+    if not tool.held:
+        return _any_arguments(g, tool)
+    rest = {False: literal(")"), True: literal(")")}  # by whether an argument stands before
+    for name, schema, needed in reversed(typed.fields(tool)):
+        given = f"{literal(_written(name, dots=False) + '=')} {_value(g, schema)}"
+        rest = {
+            before: g.one_of(
+                [f"{literal(', ') if before else ''} {given} {rest[True]}", *([] if needed else [rest[before]])]
+            )
+            for before in (False, True)
+        }
+    return rest[False]
+
+
+def _any_arguments(g: Grammar, tool: Tool) -> str:
+    names = [name for name in (tool.parameters or {}).get("properties") or {} if _is_name(name)]
+    if not names:
+        return literal(")")
+    given = g.one_of(f"{literal(name + '=')} {_value(g, {})}" for name in names)
+    return f"({given} ({literal(', ')} {given})*)? {literal(')')}"
+
+
+def _value(g: Grammar, schema: Any) -> str:
+    kind = schema.get("type") if isinstance(schema, dict) and not set(schema) - typed.ANNOTATIONS - {"type"} else None
+    if kind == "boolean":
+        return '("True" | "False")'
+    if kind == "null":
+        return '"None"'
+    return g.json(schema if isinstance(schema, dict) else {"allOf": [schema]})
+
+
+def _is_name(name: str) -> bool:
+    return name.isascii() and name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _written(name: str, dots: bool = True) -> str:
+    if not all(map(_is_name, name.split(".") if dots else [name])) or len(name) > 128:
+        raise CannotWrite(f"{name[:64]!r} is no name in Python, in which this model writes its calls: give it another")
+    return name
 
 
 def _calls(text: str) -> list[Call] | None:

@@ -3,16 +3,21 @@ text between line breaks. The model now and then leaves out the outer marks, of 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from quire_server.reader import Steps, Tags
 from quire_server.tool_calls import Call, Framed, dump_arguments
+from quire_server.tool_grammar import Forceable, Grammar, Opening, Tool, literal
 from quire_server.tool_parsers import typed
 
 
-class Qwen3Coder(Framed):
+class Qwen3Coder(Framed, Forceable):
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
     BARE = "<function="
+    AGAIN = "\n"
+    START, END = "<parameter=NAME>\n", "\n</parameter>\n"
+    MARKS = ("<parameter=", "</function>", CLOSE)  # that no bare text may hold
 
     def steps(self) -> Steps[None]:
         marks, close, end_of_bare = Tags(self.OPEN, self.BARE), Tags(self.CLOSE), Tags("</function>")
@@ -45,3 +50,15 @@ class Qwen3Coder(Framed):
             values[key.strip()] = typed.value(text.removeprefix("\n").removesuffix("\n"), schemas.get(key.strip()))
         arguments = dump_arguments(values)
         return None if arguments is None else [Call(name, arguments)]
+
+    @classmethod
+    def openings(cls, g: Grammar, tools: Sequence[Tool], many: bool) -> list[Opening]:
+        call = g.one_of(
+            f"{literal(f'{tool.name}>' + chr(10))} {typed.arguments(g, tool, cls.START, cls.END, *cls.MARKS)}"
+            for tool in tools
+        )
+        inner, end = literal("\n" + cls.BARE), literal("</function>\n" + cls.CLOSE)
+        return [
+            Opening(cls.OPEN, f"{inner} {call} {end}"),
+            Opening(cls.BARE, f"{call} {end}", usual=False),
+        ]

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
+from quire.sampling.json_schema import FORMATS
 from quire_server.tool_calls import read_json
+from quire_server.tool_grammar import TEXT, CannotWrite, Grammar, Tool, literal, pattern, without
+
+ANNOTATIONS = frozenset(
+    {
+        "title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
+        "$defs", "definitions",
+    }
+)  # fmt: skip
+_OF_OBJECTS = ANNOTATIONS | {"type", "properties", "required", "additionalProperties"}
+_OF_TEXTS = ANNOTATIONS | {"type", "enum", "const", "pattern", "minLength", "maxLength", "format"}
 
 
 def properties(tools: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
@@ -38,12 +50,145 @@ def _kinds(schema: Any) -> set[str]:
     if not isinstance(schema, dict):
         return set()
     kinds = schema.get("type")
-    found = {kinds} if isinstance(kinds, str) else {k for k in kinds if isinstance(k, str)} if kinds else set()
+    found = {kind for kind in ([kinds] if isinstance(kinds, str) else _list(kinds)) if isinstance(kind, str)}
     choices = schema.get("enum")
     if not found and isinstance(choices, list) and any(isinstance(choice, str) for choice in choices):
         found = {"string"}
     for key in ("anyOf", "oneOf"):
-        for part in schema.get(key) or ():
+        for part in _list(schema.get(key)):
             if isinstance(part, dict) and isinstance(part.get("type"), str):
                 found.add(part["type"])
     return found
+
+
+def _list(value: Any) -> list[Any]:
+    """A client's schema may have anything anywhere."""
+    return value if isinstance(value, list) else []
+
+
+# -- the same as a grammar ---------------------------------------------------------------------------------------------
+def fields(tool: Tool) -> list[tuple[str, Any, bool]]:
+    """(name, schema, whether it must be given) of each argument of a tool that is held to its schema, in its order.
+
+    Formats that write arguments one by one can say no more of them together. Raises CannotWrite.
+    """
+    schema = tool.schema()
+    other = sorted(set(schema) - _OF_OBJECTS)
+    if other:
+        raise CannotWrite(
+            f"the parameters of {tool.name!r} have {other[0]!r}, which this model's form of calls, argument by argument, "
+            "cannot be held to: leave it out, or use tool_choice 'auto' without strict"
+        )
+    known, required = schema.get("properties") or {}, schema.get("required") or []
+    if not isinstance(known, dict) or not isinstance(required, list):
+        raise CannotWrite(f"the parameters of {tool.name!r} are no JSON schema")
+    shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    given = {**known, **{name: {} for name in required if name not in known}}
+    return [(name, _with(part, shared), name in required) for name, part in given.items()]
+
+
+def arguments(g: Grammar, tool: Tool, opening: str, end: str, *marks: str) -> str:
+    """The arguments of ``tool``, each between ``opening`` (with NAME for its name) and ``end``: in the schema's order when
+    the tool is held to it, else any of those that it knows. No bare text holds ``end`` or one of ``marks``."""
+
+    def start(name: str) -> str:
+        if not name or name != name.strip() or set(name) & set("<>\n"):
+            raise CannotWrite(f"{name[:64]!r} cannot be an argument's name in this model's form of calls")
+        return literal(opening.replace("NAME", name))
+
+    if not tool.held:
+        known = (tool.parameters or {}).get("properties")
+        given = [f"{start(name)} {anything(g, end, *marks)}" for name in (known if isinstance(known, dict) else ())]
+        return f"{g.one_of(given)}*" if given else ""
+    parts = []
+    for name, schema, needed in fields(tool):
+        one = g.rule(f"{start(name)} {written(g, name, schema, end, *marks)}")
+        parts.append(one if needed else f"{one}?")
+    return " ".join(parts)
+
+
+def _with(schema: Any, shared: dict[str, Any]) -> Any:
+    return {**shared, **schema} if isinstance(schema, dict) else schema
+
+
+def written(g: Grammar, name: str, schema: Any, end: str, *marks: str) -> str:
+    """The argument ``name`` as bare text that :func:`value` makes match ``schema``, and ``end`` behind it; ``marks`` and
+    ``end`` do not occur in it. Raises CannotWrite, GrammarError."""
+    kinds = _kinds(schema)
+    if "string" not in kinds:
+        return f"{g.json(schema if isinstance(schema, dict) else {'allOf': [schema]})} {literal(end)}"
+    texts = " | ".join(f"({text} & {without(end.strip(), *marks)})" for text in _texts(name, schema))
+    if "null" in kinds:
+        texts += ' | "null"'
+    return g.terminal(f"({texts}) {literal(end)}")
+
+
+def anything(g: Grammar, end: str, *marks: str) -> str:
+    """Any bare text, and ``end``."""
+    return g.terminal(f"({TEXT} & {without(end.strip(), *marks)}) {literal(end)}")
+
+
+def _texts(name: str, schema: dict[str, Any]) -> list[str]:
+    """Terminals of the strings that a schema allows."""
+    union = next((key for key in ("anyOf", "oneOf") if key in schema), None)
+    if union is not None:
+        parts = [part for part in _list(schema[union]) if isinstance(part, dict) and part.get("type") == "string"]
+        if set(schema) - ANNOTATIONS - {union} or not parts or (union == "oneOf" and len(parts) > 1):
+            raise _bare(name, union)
+        return [text for part in parts for text in _texts(name, part)]
+    other = sorted(set(schema) - _OF_TEXTS)
+    if other:
+        raise _bare(name, other[0])
+    made = []
+    if "const" in schema or "enum" in schema:
+        choices = [schema["const"]] if "const" in schema else _list(schema["enum"])
+        strings = [choice for choice in choices if isinstance(choice, str)]
+        if not strings:
+            raise _bare(name, "const" if "const" in schema else "enum")
+        made.append("(" + " | ".join(map(literal, strings)) + ")")
+    if "pattern" in schema:
+        made.append(_matching(str(schema["pattern"])))
+    if "format" in schema:
+        if schema["format"] not in FORMATS:
+            raise _bare(name, f"format: {schema['format']}")
+        made.append(_matching(FORMATS[schema["format"]]))
+    if "minLength" in schema or "maxLength" in schema:
+        made.append(f"/(.|\\n){{{_count(name, schema, 'minLength', '0')},{_count(name, schema, 'maxLength', '')}}}/")
+    return [" & ".join(made) if made else TEXT]
+
+
+def _count(name: str, schema: dict[str, Any], keyword: str, default: str) -> str:
+    count = schema.get(keyword, default)
+    if count is default:
+        return default
+    if isinstance(count, bool) or not isinstance(count, int | float) or count < 0 or count != int(count):
+        raise CannotWrite(f"{name!r}: {keyword} must be a whole number, not {str(count)[:20]!r}")
+    return str(int(count))
+
+
+def _matching(regex: str) -> str:
+    """A pattern of JSON Schema may match anywhere, unless it is anchored; its digits and letters are ASCII's."""
+    regex = _ascii(regex)
+    start = "" if regex.startswith("^") else r"(.|\n)*"
+    regex = regex.removeprefix("^")
+    slashes = len(regex[:-1]) - len(regex[:-1].rstrip("\\"))
+    if regex.endswith("$") and slashes % 2 == 0:
+        return pattern(f"{start}({regex[:-1]})")
+    return pattern(rf"{start}({regex})(.|\n)*")
+
+
+def _ascii(regex: str) -> str:
+    """``\\d`` and ``\\w`` as ECMAScript means them. (``\\D`` and ``\\W`` stay: theirs is the wider meaning.)"""
+    made, inside = [], False
+    for part in re.findall(r"\\.|.", regex, re.DOTALL):
+        inside = part == "[" or (inside and part != "]")
+        letters = {r"\d": "0-9", r"\w": "A-Za-z0-9_"}.get(part)
+        made.append(part if letters is None else letters if inside else f"[{letters}]")
+    return "".join(made)
+
+
+def _bare(name: str, keyword: str) -> CannotWrite:
+    return CannotWrite(
+        f"{name!r} has {keyword!r}, to which a string without quotes, as this model's form of calls has it, cannot be held: "
+        "leave it out, or use tool_choice 'auto' without strict"
+    )

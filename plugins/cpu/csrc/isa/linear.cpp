@@ -1,6 +1,7 @@
 // The inner loops of y = x W^T; linear.h describes the layouts.
 #include "../linear.h"
 
+#include "amx.h"
 #include "dot.h"
 #include "epilogue.h"
 #include "tables.h"
@@ -9,15 +10,11 @@ namespace quire::QUIRE_ISA {
 namespace {
 
 constexpr int NV = group_rows / W;      // vectors of a group
-constexpr int panel_steps = 256;        // 32 KB of weights: what several tiles of x share before moving on
 
 // How far ahead of its use a single tile fetches a line. With few rows the hardware's prefetchers keep up by
 // themselves, and fetching more than they do only delays them; with more, a step takes so long that they fall behind.
 constexpr int few_rows = 6;
 constexpr int steps_ahead_of_few = 16, steps_ahead_of_many = 64;
-
-template <class Dot>
-constexpr int max_rows = rows_in_registers<Dot>(NV);
 
 // acc[ROWS][32] (+)= w * x over `steps` steps, meanwhile fetching `ahead` onwards at `ahead_step` bytes a step.
 template <class Dot, int ROWS>
@@ -51,47 +48,156 @@ void multiply_rows(int rows, const char* w, const char* x, int64_t steps, float*
     if constexpr (ROWS > 1) multiply_rows<Dot, ROWS - 1>(rows, w, x, steps, acc, first, ahead, ahead_step);
 }
 
-// The sums of one group of rows of W for some tiles of x, `done(tile)` as each is complete. `after`: what is read next.
-template <class Dot, class F>
-QUIRE_INLINE void sums_of(const LinearArgs& a, int64_t group, int64_t tile0, int64_t tile1, const char* after,
-                          float* sums, F&& done) {
-    const char* w = a.weight + group * a.steps * step_bytes;
-    const int64_t row_bytes = a.steps * Dot::x_bytes, row0 = a.tiles.begin(tile0), count = tile1 - tile0;
-    // One tile streams through the weights, fetching a fixed distance ahead. Several tiles take a panel in turns, and
-    // each fetches its share of the panel that comes next.
-    const int64_t far = a.tiles.size(tile0) > few_rows ? steps_ahead_of_many : steps_ahead_of_few;
-    const int64_t ahead = smaller(a.steps, far), share = panel_steps * step_bytes / count;
-    const int ahead_step = int((step_bytes + count - 1) / count);
-    for (int64_t p = 0, end; p < a.steps; p = end) {
-        if (count > 1) end = smaller(a.steps, p + panel_steps);
-        else end = p < a.steps - ahead ? a.steps - ahead : a.steps;
-        const char* next = end == a.steps ? after : w + (count > 1 ? end : p + ahead) * step_bytes;
-        for (int64_t t = tile0; t < tile1; t++) {
-            const int rows = a.tiles.size(t);
-            const int64_t row = a.tiles.begin(t);
-            const uintptr_t fetch = reinterpret_cast<uintptr_t>(next) + (t - tile0) * share;
-            multiply_rows<Dot, max_rows<Dot>>(rows, w + p * step_bytes, a.x + row * row_bytes + p * rows * Dot::x_bytes,
-                                              end - p, sums + (row - row0) * group_rows, p == 0, fetch, ahead_step);
-            if (end == a.steps) done(t);
-        }
+// Multiplies tiles of x with pieces of W.
+template <class Dot>
+struct Product {
+    static constexpr int max_rows = rows_in_registers<Dot>(NV);
+
+    QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
+                                 uintptr_t ahead, int ahead_step) {
+        multiply_rows<Dot, max_rows>(rows, w, x, steps, acc, first, ahead, ahead_step);
     }
+};
+
+#if defined(__AMX_BF16__)
+// Pairs of bf16 by tiles: 16 pairs of 16 rows of x with 16 rows of W in one instruction. A sum is still one chain over K
+// in order, whatever the other rows: 32 elements to an instruction, which rounds each pair's products and sum on their
+// way, and takes denormals for zero.
+struct DotTiles : DotBf16 {};
+
+// x is read past what the nearest cache keeps for itself (a hint): W's panel is to stay there.
+template <bool TWO>
+QUIRE_INLINE void multiply_tiles(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
+                                 uintptr_t ahead, int ahead_step) {
+    constexpr int acc_bytes = group_rows * 4, block_bytes = step_block * step_bytes;
+    float* acc2 = acc + tile_rows * group_rows;
+    if (first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        if (TWO) _tile_zero(2);
+        if (TWO) _tile_zero(3);
+    } else {
+        _tile_loadd(0, acc, acc_bytes);
+        _tile_loadd(1, acc + tile_rows, acc_bytes);
+        if (TWO) _tile_loadd(2, acc2, acc_bytes);
+        if (TWO) _tile_loadd(3, acc2 + tile_rows, acc_bytes);
+    }
+    const int fetch = ahead_step * step_block;
+    for (int64_t block = 0; block < steps; block += step_block) {
+        _tile_loadd(6, w, step_bytes);
+        _tile_stream_loadd(4, x, tile_row_bytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, w + step_bytes / 2, step_bytes);
+        _tile_dpbf16ps(1, 4, 7);
+        if (TWO) {
+            _tile_stream_loadd(5, x + tile_rows * tile_row_bytes, tile_row_bytes);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        for (int i = 0; i < fetch; i += 64) prefetch_l2(ahead + i);
+        ahead += fetch;
+        w += block_bytes;
+        x += rows * tile_row_bytes;
+    }
+    _tile_stored(0, acc, acc_bytes);
+    _tile_stored(1, acc + tile_rows, acc_bytes);
+    if (TWO) _tile_stored(2, acc2, acc_bytes);
+    if (TWO) _tile_stored(3, acc2 + tile_rows, acc_bytes);
 }
 
+// Tiles keep their shapes from call to call: setting them takes as long as four products.
+template <>
+struct Product<DotTiles> {
+    static constexpr int max_rows = 2 * tile_rows;
+    int configured = 0;
+
+    ~Product() { _tile_release(); }
+    QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
+                                 uintptr_t ahead, int ahead_step) {
+        if (rows != configured) configure_product(configured = rows);
+        if (rows > tile_rows) multiply_tiles<true>(rows, w, x, steps, acc, first, ahead, ahead_step);
+        else multiply_tiles<false>(rows, w, x, steps, acc, first, ahead, ahead_step);
+    }
+};
+using DotPairs = DotTiles;
+#else
+using DotPairs = DotBf16;
+#endif
+
 template <class Dot>
-void group_of(const LinearArgs& a, int64_t group, int64_t tile0, int64_t tile1, float* scratch) {
-    const int64_t row0 = a.tiles.begin(tile0), rows = a.tiles.begin(tile1) - row0;
-    const bool paired = a.activation != Activation::none;
-    const char* next = a.weight + (group + 1) * a.steps * step_bytes;
-    float *sums = scratch, *ups = scratch + rows * group_rows;
-    const auto finish = [&](int64_t tile) {
-        const int64_t row = a.tiles.begin(tile), at = (row - row0) * group_rows;
-        epilogue(a, group, row, a.tiles.size(tile), sums + at, ups + at);
-    };
-    if (!paired) return sums_of<Dot>(a, group, tile0, tile1, next, sums, finish);
-    const int64_t up_group = group + a.groups();
-    const char* up = a.weight + up_group * a.steps * step_bytes;
-    sums_of<Dot>(a, group, tile0, tile1, up, sums, [](int64_t) {});
-    sums_of<Dot>(a, up_group, tile0, tile1, next, ups, finish);
+struct Task {
+    const LinearArgs& a;
+    int64_t group0, group1, tile0, tile1;  // groups of results, tiles of x
+    float* scratch;                        // for each group of W, the sums of all tiles
+    Product<Dot> product = {};
+
+    // A gate's group of W, then the up group that goes with it.
+    const int64_t halves = a.activation == Activation::none ? 1 : 2;
+    const int64_t first_row = a.tiles.begin(tile0);
+
+    QUIRE_MEMBER const char* weight(int64_t group, int64_t half) const {
+        return a.weight + (group + half * a.groups()) * a.steps * step_bytes;
+    }
+    QUIRE_MEMBER float* sums(int64_t group, int64_t half) const {
+        const int64_t rows = a.tiles.begin(tile1) - first_row;
+        return scratch + ((group - group0) * halves + half) * rows * group_rows;
+    }
+    // One tile times steps `from` to `to` of a group of W.
+    QUIRE_MEMBER void multiply(int64_t tile, const char* w, int64_t from, int64_t to, float* sums, const char* ahead,
+                               int ahead_step) {
+        const int64_t row = a.tiles.begin(tile);
+        const int rows = a.tiles.size(tile);
+        product(rows, w + from * step_bytes, a.x + (row * a.steps + from * rows) * Dot::x_bytes, to - from,
+                sums + (row - first_row) * group_rows, from == 0, reinterpret_cast<uintptr_t>(ahead), ahead_step);
+    }
+    QUIRE_MEMBER void finish(int64_t group, int64_t tile) {
+        const int64_t row = a.tiles.begin(tile), at = (row - first_row) * group_rows;
+        epilogue(a, group, row, a.tiles.size(tile), sums(group, 0) + at, sums(group, halves - 1) + at);
+    }
+
+    // One tile streams through the weights, fetching a fixed distance ahead.
+    QUIRE_MEMBER void stream() {
+        const int64_t far = a.tiles.size(tile0) > few_rows ? steps_ahead_of_many : steps_ahead_of_few;
+        const int64_t ahead = smaller(a.steps, far), turn = a.steps - ahead;
+        for (int64_t group = group0; group < group1; group++) {
+            for (int64_t half = 0; half < halves; half++) {
+                const char* w = weight(group, half);
+                const char* next = half + 1 < halves ? weight(group, half + 1) : weight(group + 1, 0);
+                if (turn) multiply(tile0, w, 0, turn, sums(group, half), w + ahead * step_bytes, step_bytes);
+                multiply(tile0, w, turn, a.steps, sums(group, half), next, step_bytes);
+            }
+            finish(group, tile0);
+        }
+    }
+
+    // Several tiles take a panel of weights in turns, and each fetches its share of the panel that comes next. The
+    // panels of all groups at the same steps come one after the other, so that the part of x which they meet stays near.
+    QUIRE_MEMBER void share() {
+        const int64_t count = tile1 - tile0, bytes = panel_steps * step_bytes / count;
+        const int ahead_step = int((step_bytes + count - 1) / count);
+        for (int64_t from = 0, to; from < a.steps; from = to) {
+            to = smaller(a.steps, from + panel_steps);
+            for (int64_t group = group0; group < group1; group++)
+                for (int64_t half = 0; half < halves; half++) {
+                    const char* next = half + 1 < halves    ? weight(group, half + 1) + from * step_bytes
+                                       : group + 1 < group1 ? weight(group + 1, 0) + from * step_bytes
+                                       : to < a.steps       ? weight(group0, 0) + to * step_bytes
+                                                            : weight(group1, 0);
+                    for (int64_t t = tile0; t < tile1; t++) {
+                        multiply(t, weight(group, half), from, to, sums(group, half), next + (t - tile0) * bytes,
+                                 ahead_step);
+                        if (to == a.steps && half + 1 == halves) finish(group, t);
+                    }
+                }
+        }
+    }
+};
+
+template <class Dot>
+void compute(const LinearArgs& a, int64_t group0, int64_t group1, int64_t tile0, int64_t tile1, float* scratch) {
+    Task<Dot> task = {a, group0, group1, tile0, tile1, scratch};
+    if (tile1 - tile0 == 1) task.stream();
+    else task.share();
 }
 
 // A row of x as the dot product takes it: `steps` steps from element `k0`, zeros beyond k.
@@ -125,15 +231,16 @@ void pack_tile(const PackXArgs& a, int64_t tile) {
 void pack_x(const PackXArgs& a, int64_t tile) {
     const bool narrow = a.x.type == DType::bf16;
     if (a.weight == DType::f32) return narrow ? pack_tile<DotF32, bf16>(a, tile) : pack_tile<DotF32, float>(a, tile);
-    return narrow ? pack_tile<DotBf16, bf16>(a, tile) : pack_tile<DotBf16, float>(a, tile);
+    return narrow ? pack_tile<DotPairs, bf16>(a, tile) : pack_tile<DotPairs, float>(a, tile);
 }
 
-void linear_group(const LinearArgs& a, int64_t group, int64_t tile0, int64_t tile1, float* scratch) {
-    if (a.type == DType::f32) return group_of<DotF32>(a, group, tile0, tile1, scratch);
-    group_of<DotBf16>(a, group, tile0, tile1, scratch);
+void linear_groups(const LinearArgs& a, int64_t group0, int64_t group1, int64_t tile0, int64_t tile1, float* scratch) {
+    if (a.type == DType::f32) return compute<DotF32>(a, group0, group1, tile0, tile1, scratch);
+    compute<DotPairs>(a, group0, group1, tile0, tile1, scratch);
 }
 
 extern const LinearLimits linear_limits;
-const LinearLimits linear_limits = {{max_rows<DotF32>, max_rows<DotBf16>}, {DotF32::x_bytes, DotBf16::x_bytes}};
+const LinearLimits linear_limits = {{Product<DotF32>::max_rows, Product<DotPairs>::max_rows},
+                                    {DotF32::x_bytes, DotPairs::x_bytes}};
 
 }  // namespace quire::QUIRE_ISA

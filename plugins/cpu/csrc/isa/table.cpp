@@ -15,7 +15,7 @@ const Kernels* QUIRE_JOIN(kernels_, QUIRE_ISA)() {
         {linear_limits.rows[0], linear_limits.rows[1]},
         {linear_limits.x_bytes[0], linear_limits.x_bytes[1]},
         pack_x,
-        linear_group,
+        linear_groups,
         quant_limits.rows,
         quant_limits.x_step,
         quant_pack_x,

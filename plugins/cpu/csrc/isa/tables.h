@@ -8,7 +8,7 @@ namespace quire::QUIRE_ISA {
 struct LinearLimits { int rows[2], x_bytes[2]; };
 extern const LinearLimits linear_limits;
 void pack_x(const PackXArgs& args, int64_t tile);
-void linear_group(const LinearArgs& args, int64_t group, int64_t tile0, int64_t tile1, float* scratch);
+void linear_groups(const LinearArgs& args, int64_t group0, int64_t group1, int64_t tile0, int64_t tile1, float* scratch);
 struct QuantLimits { int rows, x_step; };
 extern const QuantLimits quant_limits;
 void quant_pack_x(const QuantXArgs& args, int64_t tile);

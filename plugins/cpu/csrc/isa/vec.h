@@ -9,10 +9,11 @@
 #include <cstring>
 
 #if !defined(QUIRE_ISA)
-#error "compile kernel sources with -DQUIRE_ISA=<portable|avx2|avx512|avx512_bf16>"
+#error "compile kernel sources with -DQUIRE_ISA=<portable|avx2|avx512|avx512_bf16|amx>"
 #endif
 
 #define QUIRE_INLINE static inline __attribute__((always_inline))
+#define QUIRE_MEMBER inline __attribute__((always_inline))
 
 namespace quire::QUIRE_ISA {
 struct half { uint16_t bits; };  // float16

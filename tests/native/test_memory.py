@@ -1,0 +1,104 @@
+"""Memory of weights and KV pages: taken when first touched, in huge pages, from the nodes that were named; tables held once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from quire.hardware import KVGroupSpec, KVSpec, reference
+from quire_cpu import native
+from quire_cpu.native_attention import allocate_kv, page_bytes
+from quire_cpu.placement import huge_pages
+
+HUGE = 2 << 20
+mapped = pytest.mark.skipif(
+    native._native.sanitized() or not Path("/proc/self/smaps").exists(),
+    reason="what is resident is read from /proc, and a sanitized build takes its memory from malloc",
+)
+
+
+def mapping(address: int, field: str) -> int:
+    """Bytes of ``field`` of the mapping that holds ``address``."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match("([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"no mapping holds {address:x}")
+
+
+@mapped
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_kv_pages_take_memory_when_they_are_first_written(kind):
+    spec = KVSpec((KVGroupSpec((0, 1), 4, 64, kind, 16),))
+    pages = (256 << 20) // page_bytes(spec.groups[0])
+    kv = allocate_kv(spec, (pages,))
+    address = kv.buffers[0].address
+    assert mapping(address, "Size") >= 255 << 20
+    assert mapping(address, "Rss") == 0, "nothing was written yet"
+    kv.pool(0)[1, pages // 2].fill_(1)
+    assert 0 < mapping(address, "Rss") <= 2 * HUGE
+    assert not kv.pool(0)[0, pages // 2].any(), "what was not written is zero"
+
+
+@mapped
+@pytest.mark.skipif(huge_pages() in ("", "never"), reason="this system gives no huge pages")
+def test_large_buffers_lie_in_huge_pages():
+    buffer = native._native.Buffer(64 << 20)
+    assert buffer.address % HUGE == 0
+    native.as_tensor(buffer, torch.uint8).fill_(1)
+    assert mapping(buffer.address, "AnonHugePages") >= 32 << 20, "half at least, also on a machine short of them"
+
+
+@mapped
+@pytest.mark.skipif(not Path("/proc/self/numa_maps").exists(), reason="no memory nodes are known here")
+def test_buffers_take_their_memory_from_the_named_nodes():
+    """One node is enough to see that the request arrives; that pages then come from it is the system's business."""
+
+    def policy(buffer) -> str:
+        for line in Path("/proc/self/numa_maps").read_text().splitlines():
+            if line.startswith(f"{buffer.address:08x} "):
+                return line.split()[1]
+        return "default"  # part of a larger mapping that has no policy of its own
+
+    try:
+        native._native.set_nodes([0])
+        assert policy(native._native.Buffer(8 << 20, True)) == "interleave:0"
+        assert policy(native._native.Buffer(64 << 20)) == "interleave:0"
+        native._native.set_nodes([0, 1])
+        assert policy(native._native.Buffer(64 << 20)) == "default", "each thread touches its part of a weight first"
+    finally:
+        native._native.set_nodes([])
+    assert policy(native._native.Buffer(8 << 20, True)) == "default"
+
+
+@pytest.mark.parametrize(("n", "k"), [(50, 24), (33, 37), (1, 1), (300, 129)])
+def test_rows_of_a_packed_table_are_those_that_were_packed(dtype, n, k):
+    table, ids = torch.randn(n, k).to(dtype), torch.randint(0, n, (70,))
+    assert torch.equal(native.embed(ids, native.pack_linear(table)), table[ids])
+    with pytest.raises(IndexError, match=f"token id {n} is not in a vocabulary of {n}"):
+        native.embed(torch.tensor([0, n]), native.pack_linear(table))
+
+
+@pytest.mark.parametrize("format", reference.quantize.FORMATS)
+def test_rows_of_a_rounded_table_are_those_of_the_definition(dtype, format):
+    table, ids = torch.randn(67, 300).to(dtype), torch.arange(67).flip(0)
+    table[3, 5], table[4] = float("nan"), 0
+    how = reference.quantize.FORMATS[format]
+    rows = native.embed(ids, native.pack_quantized(table, how.bits, how.group))
+    torch.testing.assert_close(rows, reference.quantize.rounded(table, how)[ids], rtol=0, atol=0, equal_nan=True)
+
+
+def test_rows_of_integers_with_zero_points():
+    q, zeros = torch.randint(0, 16, (40, 64), dtype=torch.uint8), torch.randint(0, 16, (40, 2), dtype=torch.uint8)
+    scales = torch.rand(40, 2)
+    packed = native.pack_integers(q, scales, zeros, 4, 32)
+    with pytest.raises(ValueError, match="have no dtype"):
+        native.embed(torch.tensor([1]), packed)
+    packed.dtype = torch.float32
+    expected = (q.float() - zeros.repeat_interleave(32, 1)) * scales.repeat_interleave(32, 1)
+    assert torch.equal(native.embed(torch.arange(40), packed), expected)
