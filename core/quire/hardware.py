@@ -256,9 +256,7 @@ class Backend:
 
     def to_device(self, array: np.ndarray) -> Tensor:
         """A copy of a host array, ordered before what is queued next; the caller may write to its array at once."""
-        import torch
-
-        return torch.from_numpy(array).to(self.device, copy=True)
+        return reference.device.copied(array, self.device)
 
     def capture(self, fn: Callable[[], Any], static_inputs: Sequence[Tensor]) -> CapturedStep | None:
         """Record ``fn``, which reads only ``static_inputs``, weights, KV and plans; None: this device cannot."""
@@ -306,9 +304,7 @@ class Backend:
         """Rows of table [V, hidden] for ids int64 [T]; of a packed one, if its format is among ``embed_formats``."""
         return reference.ops.embed(ids, table)
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, spec: NormSpec, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Tensor, weight: Tensor, spec: NormSpec, residual: Any = None) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual) over the last dim; without residual (norm(x), x)."""
         return reference.ops.rms_norm(x, weight, spec, residual)
 
@@ -331,6 +327,10 @@ class Backend:
     def moe(self, x: Tensor, gates: Tensor, experts: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
         """Sum over j of gates[:, j] * mlp[experts[:, j]](x); gate_up [E, 2 I, hidden], down [E, hidden, I]."""
         return reference.ops.moe(x, gates, experts, gate_up, down, activation)
+
+    def route(self, logits: Tensor, chosen: int, score: str, normalize: bool = True, bias: Any = None) -> Any:
+        """Gates float32 and experts int64 [T, chosen]: the largest softmax or sigmoid of logits [T, E], plus bias to choose."""
+        return reference.ops.route(logits, chosen, score, normalize, bias)
 
     def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
         """One token per row of logits float32 [N, V] -> int64 [N]: temperature, min-p, top-k, top-p, inverse CDF."""

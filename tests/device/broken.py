@@ -9,7 +9,7 @@ import torch
 from quire.conformance.kit import COLLECTIVES
 from quire.hardware import AttentionBatch, Backend, Capabilities, CapturedStep, DeviceInfo, MemoryInfo
 from quire.quantization import FORMATS
-from quire.reference import paged
+from quire.reference import paged, quantize
 from quire.reference.collectives import TorchCommunicator
 
 
@@ -33,7 +33,7 @@ class Host(Backend):
         page_sizes=frozenset({16, 32}),
         head_sizes=(32, 64),
         latent_sizes=frozenset({(576, 512), (40, 16)}),
-        quantization=frozenset({"int8", "int4"}),
+        quantization=frozenset({"int8", "int4", "w8a8", "fp8"}),
         graphs=True,
         collectives=frozenset(COLLECTIVES),
     )
@@ -221,6 +221,32 @@ class OneScaleForARow(Host):
         return (weight / scale).round() * scale
 
 
+class OneScaleForABatch(Host):
+    """Rounds a product's input with one scale for all rows where the format says one for each."""
+
+    def linear(self, x, weight, bias=None):
+        if isinstance(weight, quantize.InputsRounded) and len(x):
+            x = quantize.rounded_rows(x.reshape(1, -1), weight.type).view_as(x)
+            weight = weight.weight
+        return super().linear(x, weight, bias)
+
+
+class LastOfEquals(Host):
+    def route(self, logits, chosen, score, normalize=True, bias=None):
+        turned = None if bias is None else bias.flip(-1)
+        gates, experts = super().route(logits.flip(-1), chosen, score, normalize, turned)
+        return gates, logits.shape[1] - 1 - experts
+
+
+class GatesBeforeTheActivation(Host):
+    def moe(self, x, gates, experts, gate_up, down, activation):
+        out = torch.zeros_like(x)
+        for j in range(experts.shape[1]):
+            scaled = x * gates[:, j, None].to(x.dtype)
+            out += super().moe(scaled, torch.ones_like(gates[:, :1]), experts[:, j, None], gate_up, down, activation)
+        return out
+
+
 class RowsOfAnotherLayout(Host):
     """Packs a layout of its own, with products that know it, but still declares that rows are looked up in it."""
 
@@ -323,6 +349,9 @@ CAUGHT_BY = {
     ForgetsBias: ("operations", "linear"),
     SumsInBfloat16: ("operations", "linear_sums_in_float32"),
     OneScaleForARow: ("operations", "quantized_groups_have_scales_of_their_own"),
+    OneScaleForABatch: ("operations", "quantized_linear"),
+    LastOfEquals: ("operations", "route"),
+    GatesBeforeTheActivation: ("operations", "quantized_moe"),
     RowsOfAnotherLayout: ("operations", "embed_of_a_packed_table"),
     EpsOutsideTheRoot: ("operations", "norm_of_small_numbers"),
     PaddingIsNotZero: ("attention", "padding_rows_are_zero"),

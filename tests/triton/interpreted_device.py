@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 from quire.hardware import Capabilities, DeviceInfo, DeviceOptions, MemoryInfo
+from quire.quantization import FORMATS
 from quire_triton.backend import KV_DTYPES, LATENT_SIZES, TritonOps
 
 
@@ -23,10 +24,12 @@ class Interpreted(TritonOps):
         latent_sizes=LATENT_SIZES,
         page_sizes=frozenset({8, 16, 32, 64, 128, 256}),
         head_sizes=(32, 256),
+        quantization=frozenset(FORMATS),
     )
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         super().open(index, options)
+        # The formats of every architecture, whatever host memory counts as.
         self.capabilities = dataclasses.replace(type(self).capabilities, batch_invariant=options.batch_invariant)
 
     @property

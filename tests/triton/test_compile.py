@@ -17,11 +17,17 @@ from tests.triton.conftest import ROOT, environment, needs_triton
 pytestmark = needs_triton
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
+MORE = ("gfx90a", "gfx950", "sm_120", "sm_86", "sm_89")  # aot.ONLY_PRODUCTS
 MATRIX = {
     "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
+    "sm_89": "mma.sync",
     "sm_90": "wgmma.mma_async",
     "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
+    "gfx90a": "v_mfma_",
     "gfx942": "v_mfma_",
+    "gfx950": "v_mfma_",
     "gfx1100": "v_wmma_",
 }
 # Bytes that may be spilled, elsewhere none: on gfx1100 no tile of 16-bit products has been found that spills nothing
@@ -58,16 +64,34 @@ def check(arch: str, rows: list[dict]) -> None:
         ]
         assert row["spills"] <= max([SPILLS.get((arch, dim), 0), *bounds]), row
         if row["kernel"] in ("attention_kernel", "linear_kernel") and "fp32" not in row["name"]:
-            # 16 rows are too few for a warp group's product: there the small instruction is right.
-            wanted = "mma.sync" if row["rows"] == 16 and arch.startswith("sm_") else MATRIX[arch]
+            # 16 rows are too few for a warp group's first factor: there the small instruction is right. A product's rows
+            # are the second factor, which may be as narrow as that.
+            small = row["kernel"] == "attention_kernel" and row["rows"] == 16
+            wanted = "mma.sync" if small and arch.startswith("sm_") else MATRIX[arch]
             assert wanted in row["matrix"], row
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_attention_compiles_fits_and_multiplies_in_hardware(arch, tmp_path):
-    rows = compiled(arch, "prefill-bf16-128$|decode-bf16-128$|merge|write$|linear-16-many|linear-4-few", tmp_path)
-    names = {"prefill-bf16-128", "decode-bf16-128", "merge", "write", "linear-16-many", "linear-4-few"}
-    assert {row["name"] for row in rows} == names
+    rows = compiled(arch, "prefill-bf16-128$|decode-bf16-128$|merge|write$", tmp_path)
+    assert {row["name"] for row in rows} == {"prefill-bf16-128", "decode-bf16-128", "merge", "write"}
+    check(arch, rows)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_products_compile_fit_and_multiply_in_hardware(arch, tmp_path):
+    few = "dense-some-one-by-one|int4-32-few|int4-128-many|int8-128-gated-few|w8a8-many|fp8-many|fp8-experts-few"
+    rows = compiled(arch, f"product-({few})$|sort", tmp_path)
+    assert len(rows) == (8 if arch in ("sm_90", "sm_100", "gfx942") else 6)
+    check(arch, rows)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ARCHITECTURES + MORE)
+def test_every_product_compiles_and_fits(arch, tmp_path):
+    rows = compiled(arch, "product|quantize|count|sort|weigh|route", tmp_path)
+    assert len(rows) >= 56
+    assert len({row["kernel"] for row in rows}) == 6
     check(arch, rows)
 
 
@@ -83,6 +107,6 @@ def test_small_and_latent_caches_and_sampling_compile_and_fit(arch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_configuration_compiles_and_fits(arch, tmp_path):
     rows = compiled(arch, "", tmp_path)
-    assert len(rows) >= 60
-    assert len({row["kernel"] for row in rows}) >= 16
+    assert len(rows) >= 90
+    assert len({row["kernel"] for row in rows}) >= 21
     check(arch, rows)

@@ -32,6 +32,7 @@ class RocmBackend(GpuBackend):
         latent_sizes=LATENT_SIZES,
         page_sizes=frozenset({16, 32, 64, 128, 256}),
         attention_backends=frozenset({TRITON}),
+        quantization=frozenset({"int8", "int4", "int4-64", "int4-128", "w8a8", "fp8"}),  # those the architecture has
         graphs=True,
         priority=10,
     )

@@ -35,6 +35,7 @@ class XpuBackend(GpuBackend):
         latent_sizes=LATENT_SIZES,
         page_sizes=frozenset({16, 32, 64, 128, 256}),
         attention_backends=frozenset({TRITON, IPEX}),
+        quantization=frozenset({"int8", "int4", "int4-64", "int4-128"}),
         priority=10,
     )
 
