@@ -90,7 +90,8 @@ def to_eight_bits(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     largest = torch.where(finite, largest, 1.0).clamp_min(1e-30)
     if dtype == torch.int8:
         scales = largest / 127
-        codes = (wide * (127 / largest)[..., None]).round()
+        # Not 127 / largest: torch multiplies a number by the rounded reciprocal, which is another one in the last bit.
+        codes = (wide * (torch.full_like(largest, 127) / largest)[..., None]).round()
     else:
         mantissa, exponent = torch.frexp(largest)  # mantissa in [0.5, 1); 448 is 0.875 * 2**9
         exponent = torch.where(mantissa > 0.875, exponent - 8, exponent - 9)
