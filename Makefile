@@ -64,6 +64,7 @@ types: install-test
 
 docs: install-test
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/how_known.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache

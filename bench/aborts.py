@@ -87,11 +87,12 @@ async def storm(host: str, port: int, seeds: range, at_once: int) -> int:
 
 
 def settled(server: ServerAddress, seconds: float = 30.0) -> dict[str, Any]:
-    """What /engine says once nothing is in flight, or when time is up."""
+    """What /engine says once nothing is in flight and no page is owned (those of a step under way are, although its
+    requests have ended), or when time is up."""
     deadline = time.monotonic() + seconds
     while True:
         view: dict[str, Any] = server.json("/engine")
-        if not (view["running"] or view["waiting"] or view["in_flight"]) or time.monotonic() > deadline:
+        if not (view["running"] or view["waiting"] or view["in_flight"] or owned(view)) or time.monotonic() > deadline:
             return view
         time.sleep(0.3)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,27 @@ class ModelCost:
             flops = r * (2 * self.body * p + 2 * self.head + 4 * self.attention * p * (p + 1) / 2)
             total, contexts = max(matrix_bytes / bytes_per_s, flops / flop_per_s), range(p + 1, p + work.output)
         for context in contexts:
-            kv_bytes = value_bytes * r * self.kv_values * context
-            flops = r * (2 * (self.body + self.head) + 4 * self.attention * context)
-            total += max((matrix_bytes + kv_bytes) / bytes_per_s, flops / flop_per_s)
+            moved, flops = self.decode_step(r, context, matrix_bytes, value_bytes)
+            total += max(moved / bytes_per_s, flops / flop_per_s)
         return total
+
+    def decode_step(
+        self, requests: int, context: float, matrix_bytes: float, value_bytes: float = 2.0
+    ) -> tuple[float, float]:
+        """(bytes, operations) of a step in which each request, at ``context`` tokens on average, gets one more."""
+        moved = matrix_bytes + value_bytes * requests * self.kv_values * context
+        return moved, requests * (2 * (self.body + self.head) + 4 * self.attention * context)
 
 
 def read_cost(folder: Path) -> ModelCost:
     """Of a checkpoint in the Hugging Face layout with dense layers (each weight used once a token)."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return cost_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), tensor_shapes(folder))
+
+
+def cost_of(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> ModelCost:
+    """Of config.json's content and the checkpoint's tensors by name."""
     body = head = embedding = 0
-    for name, shape in tensor_shapes(folder).items():
+    for name, shape in shapes.items():
         if len(shape) != 2:
             continue
         size = shape[0] * shape[1]

@@ -169,7 +169,8 @@ def stored_bytes(model: Path) -> int:
 
 @contextmanager
 def running(peers: Sequence[Peer], settings: dict[str, Any]) -> Iterator[None]:
-    """All peers started, one after another; ended with the block."""
+    """All peers started, one after another; ended with the block, also when this process is asked to end."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     try:
         for peer in peers:
             peer.start(settings)
@@ -179,6 +180,7 @@ def running(peers: Sequence[Peer], settings: dict[str, Any]) -> Iterator[None]:
     finally:
         for peer in peers:
             peer.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 def first_token(peer: Peer, settings: dict[str, Any], prompt: list[int]) -> float | None:

@@ -58,6 +58,7 @@ class EngineConfig:
     threads: int | None = None
     isa: str | None = None  # instruction set of a device that has several; None: the best
     batch_invariant: bool = False
+    attention_backend: str | None = None  # one of those that the device offers; None: it chooses
     load_format: Literal["auto", "safetensors", "dummy"] = "auto"
     seed: int = 0
     hf_overrides: tuple[tuple[str, Any], ...] = ()
@@ -124,8 +125,9 @@ class EngineConfig:
 
 
 ENGINE_FIELDS = {
-    "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "isa", "batch_invariant", "load_format", "seed",
-    "enforce_eager", "revision", "hf_overrides", "quantization", "step_timeout", "grammar_timeout", "spare_process",
+    "tokenizer", "skip_tokenizer_init", "device", "dtype", "threads", "isa", "batch_invariant", "attention_backend",
+    "load_format", "seed", "enforce_eager", "revision", "hf_overrides", "quantization", "step_timeout",
+    "grammar_timeout", "spare_process",
 }  # fmt: skip
 SCHEDULER_FIELDS = {
     "max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting", "enable_chunked_prefill",
@@ -137,7 +139,9 @@ CACHE_FIELDS = {
 }  # fmt: skip
 
 
-SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+SHORT_DTYPES = {
+    "bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn",
+}  # fmt: skip
 """Other spellings that ``kv_cache_dtype`` may have."""
 
 

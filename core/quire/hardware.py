@@ -34,8 +34,7 @@ if TYPE_CHECKING:
 CONTRACT_VERSION = (1, 0)
 """(major, minor). A plugin built for another major, or for a later minor, is refused by name."""
 
-reference = LazyModules("quire.reference")
-"""The definitions: ``reference.ops`` and so on, imported (and torch with them) when first touched."""
+reference = LazyModules("quire.reference")  # the definitions, imported (and torch with them) when first touched
 
 hookspec, hookimpl = pluggy.HookspecMarker("quire"), pluggy.HookimplMarker("quire")
 
@@ -87,12 +86,14 @@ class Capabilities:
     kv_dtypes: frozenset[str] = frozenset({"float32"})
     page_sizes: frozenset[int] = frozenset({16})
     head_sizes: tuple[int, int] = (32, 256)  # smallest and largest; every multiple of 8 between
+    latent_sizes: frozenset[tuple[int, int]] = frozenset()  # of latent attention: channels of (a key, its value)
     quantization: frozenset[str] = frozenset()
     embed_formats: frozenset[str] = frozenset({"dense"})  # whose packed form embed() takes: a tied table is held once
     graphs: bool = False  # capture() returns a replayable step
     collectives: frozenset[str] = frozenset()  # names of Communicator methods
     batch_invariant: bool = False  # bits do not depend on what else is in the batch
     isas: tuple[str, ...] = ()  # instruction sets that DeviceOptions.isa may name, the best (the default) last
+    attention_backends: frozenset[str] = frozenset()  # what --attention-backend may name here, in capitals
     priority: int = 0  # `--device auto` takes the usable device with the highest; below 0: never
 
 
@@ -120,6 +121,7 @@ class DeviceOptions:
     threads: int | None = None
     batch_invariant: bool = False
     isa: str | None = None  # None: the best; Backend.open refuses what capabilities.isas does not name
+    attention_backend: str | None = None  # a name of Capabilities.attention_backends; None: the device chooses
 
 
 @dataclass
@@ -223,6 +225,14 @@ class Backend:
             usable = [f"--isa {name}" for name in self.capabilities.isas] or ["no --isa"]
             raise UnsupportedOnDevice(self.name, f"--isa {options.isa}", "no such instruction set here", usable)
         self.device_index, self.options = index, options
+        wanted, offered = options.attention_backend, sorted(self.capabilities.attention_backends)
+        if wanted is not None and wanted.upper() not in offered:
+            reason = f"it offers {', '.join(offered)}" if offered else "it has one implementation of its own"
+            raise UnsupportedOnDevice(self.name, f"--attention-backend {wanted}", reason, ["leave the flag out"])
+
+    def notes(self) -> list[str]:
+        """A line each on what an opened device has chosen, and what it cannot use and why; ``quire doctor`` shows them."""
+        return []
 
     @property
     def device(self) -> torch.device:
@@ -240,11 +250,13 @@ class Backend:
     def synchronize(self) -> None:
         """Return when everything queued is done."""
 
+    def peak_memory(self, fn: Callable[[], Any]) -> int | None:
+        """Run ``fn``: the most bytes it took at once beyond what was held; None, without running it: it cannot be told."""
+        return None
+
     def to_device(self, array: np.ndarray) -> Tensor:
         """A copy of a host array, ordered before what is queued next; the caller may write to its array at once."""
-        import torch
-
-        return torch.from_numpy(array).to(self.device, copy=True)
+        return reference.device.copied(array, self.device)
 
     def capture(self, fn: Callable[[], Any], static_inputs: Sequence[Tensor]) -> CapturedStep | None:
         """Record ``fn``, which reads only ``static_inputs``, weights, KV and plans; None: this device cannot."""
@@ -263,8 +275,8 @@ class Backend:
         """Pools of ``pages[g]`` pages for each group, page 0 included; ``host``: in host memory, for swapped pages."""
         return reference.paged.allocate_kv(spec, pages, "cpu" if host else self.device)
 
-    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
-        """Store k, v [T, Hkv, D] at the batch's slots."""
+    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Any, batch: AttentionBatch) -> None:
+        """Store k, v [T, Hkv, D] at the batch's slots; v is None where attention is latent."""
         reference.paged.write_kv(kv, layer, k, v, batch)
 
     def copy_pages(self, source: Any, target: Any, group: int, pairs: Sequence[tuple[int, int]]) -> None:
@@ -292,9 +304,7 @@ class Backend:
         """Rows of table [V, hidden] for ids int64 [T]; of a packed one, if its format is among ``embed_formats``."""
         return reference.ops.embed(ids, table)
 
-    def rms_norm(
-        self, x: Tensor, weight: Tensor, spec: NormSpec, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Tensor, weight: Tensor, spec: NormSpec, residual: Any = None) -> tuple[Tensor, Tensor]:
         """(norm(x + residual), x + residual) over the last dim; without residual (norm(x), x)."""
         return reference.ops.rms_norm(x, weight, spec, residual)
 
@@ -317,6 +327,10 @@ class Backend:
     def moe(self, x: Tensor, gates: Tensor, experts: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
         """Sum over j of gates[:, j] * mlp[experts[:, j]](x); gate_up [E, 2 I, hidden], down [E, hidden, I]."""
         return reference.ops.moe(x, gates, experts, gate_up, down, activation)
+
+    def route(self, logits: Tensor, chosen: int, score: str, normalize: bool = True, bias: Any = None) -> Any:
+        """Gates float32 and experts int64 [T, chosen]: the largest softmax or sigmoid of logits [T, E], plus bias to choose."""
+        return reference.ops.route(logits, chosen, score, normalize, bias)
 
     def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
         """One token per row of logits float32 [N, V] -> int64 [N]: temperature, min-p, top-k, top-p, inverse CDF."""

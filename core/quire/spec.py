@@ -38,7 +38,11 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """One layer's attention. ``window`` counts the query itself: query i sees key j iff i - window < j <= i."""
+    """One layer's attention. ``window`` counts the query itself: query i sees key j iff i - window < j <= i.
+
+    ``value_dim`` makes it latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434, section 2.1): one KV head, of
+    which one vector of ``head_dim`` channels is stored a token; its leading ``value_dim`` channels are also the value.
+    """
 
     heads: int
     kv_heads: int
@@ -50,6 +54,7 @@ class AttentionSpec:
     sinks: bool = False
     qk_norm: NormSpec | None = None  # per head, before rotary (Qwen3)
     rotary: RotarySpec | None = None
+    value_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class KVGroupSpec:
 
     A page of the group holds ``page_size`` tokens of every layer in ``layers``. Page 0 is never owned by a sequence:
     padding is written there and a block table entry that a window has passed points there. It may hold anything.
+    ``latent``: a token's values are channels of its keys and take no room of their own.
     """
 
     layers: tuple[int, ...]
@@ -97,6 +103,7 @@ class KVGroupSpec:
     dtype: str
     page_size: int = 16
     window: int | None = None
+    latent: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,16 +163,17 @@ def kv_spec(spec: ModelSpec, dtype: str, page_size: int = 16, max_model_len: int
 
     A window at least as long as ``max_model_len`` never passes a page, so its layers count as full ones here.
     """
-    groups: dict[tuple[int | None, int, int], list[int]] = {}
+    groups: dict[tuple[int | None, int, int, bool], list[int]] = {}
     for index, layer in enumerate(spec.layers):
         attention = layer.attention
         window = attention.window
         if window is not None and max_model_len is not None and window >= max_model_len:
             window = None
-        groups.setdefault((window, attention.kv_heads, attention.head_dim), []).append(index)
+        latent = attention.value_dim is not None
+        groups.setdefault((window, attention.kv_heads, attention.head_dim, latent), []).append(index)
     return KVSpec(
         tuple(
-            KVGroupSpec(tuple(layers), kv_heads, head_dim, dtype, page_size, window)
-            for (window, kv_heads, head_dim), layers in groups.items()
+            KVGroupSpec(tuple(layers), kv_heads, head_dim, dtype, page_size, window, latent)
+            for (window, kv_heads, head_dim, latent), layers in groups.items()
         )
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import socket
@@ -136,9 +137,7 @@ def run(args: argparse.Namespace) -> int:
         metrics_listener=metrics,
         drain_timeout=args.drain_timeout,
         log_level=args.uvicorn_log_level,
-        on_ready=lambda server: _announce(
-            server, address(listener, args.host, network.scheme), args.log_format, division
-        ),
+        on_ready=lambda server: _ready(server, address(listener, args.host, network.scheme), args.log_format, division),
     )
     return in_loop(work)
 
@@ -151,6 +150,14 @@ def in_loop(work: Coroutine[Any, Any, int]) -> int:
 
         return asyncio.run(work)
     return uvloop.run(work)
+
+
+def _ready(server: Server, base: str, log_format: str, division: str) -> None:
+    # What is loaded stays: the collector need not look at it again while streams wait, nor at every few hundred objects.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+    _announce(server, base, log_format, division)
 
 
 def _announce(server: Server, base: str, log_format: str, division: str = "") -> None:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, Request
-from prometheus_client import Histogram
 from starlette.responses import Response
 
 from quire.errors import EngineDead
 from quire.kv.accounts import CACHED, FREE, OWNED, SHARED
 from quire_server.errors import ApiError, json_response
+from quire_server.metrics import Buckets
 from quire_server.model import Model
 from quire_server.pages import ASSETS, HEADERS
 from quire_server.state import Server, server_of
@@ -215,17 +215,9 @@ def requests(stats: EngineStats) -> list[dict[str, Any]]:
     ]
 
 
-def histogram(metric: Histogram) -> dict[str, Any]:
+def histogram(metric: Buckets) -> dict[str, Any]:
     """Seconds observed since the start: ``count``, ``sum`` and cumulative ``buckets`` as [upper bound, count]; the
     last bucket's bound is null (infinity)."""
-    count, total, buckets = 0.0, 0.0, []
-    for family in metric.collect():
-        for sample in family.samples:
-            if sample.name.endswith("_bucket"):
-                bound = float(sample.labels["le"])
-                buckets.append([None if bound == float("inf") else bound, int(sample.value)])
-            elif sample.name.endswith("_sum"):
-                total = sample.value
-            elif sample.name.endswith("_count"):
-                count = sample.value
-    return {"count": int(count), "sum": total, "buckets": buckets}
+    cumulative = metric.cumulative()
+    buckets = [list(pair) for pair in zip([*metric.bounds, None], cumulative, strict=True)]
+    return {"count": cumulative[-1], "sum": metric.sum, "buckets": buckets}

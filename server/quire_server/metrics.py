@@ -7,6 +7,7 @@ client's view of them is.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -28,6 +29,39 @@ Answer = tuple[EngineStats | None, EngineReady | None]
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+class Buckets:
+    """A histogram without locks, as the event loop alone observes: a token must not cost more than it takes to tell of it.
+
+    ``bounds`` are the buckets' upper edges; ``counts`` has one more entry, for what is above them all.
+    """
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[int]:
+        """How many were at most each bound, and how many there were."""
+        return list(accumulate(self.counts))
+
+
+class BucketsFamily(Collector):
+    """One metric of all models."""
+
+    def __init__(self, name: str, text: str, bounds: tuple[float, ...], models: Sequence[str]) -> None:
+        self.name, self.text = name, text
+        self.of = {model: Buckets(bounds) for model in models}
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self.name, self.text, labels=["model_name"])
+        for model, buckets in self.of.items():
+            edges = [*(str(float(bound)) for bound in buckets.bounds), "+Inf"]
+            family.add_metric([model], list(zip(edges, buckets.cumulative(), strict=True)), buckets.sum)
+        yield family
 
 
 class EngineCollector(Collector):
@@ -97,9 +131,10 @@ class Metrics:
         self.registry.register(self._engines)
         ProcessCollector(registry=self.registry)  # memory, CPU time and open files of the HTTP process
         families = {
-            name: Histogram(f"quire:{full}", text, ["model_name"], buckets=buckets, registry=self.registry)
-            for name, full, text, buckets in REQUEST_METRICS
+            name: BucketsFamily(f"quire:{full}", text, bounds, models) for name, full, text, bounds in REQUEST_METRICS
         }
+        for family in families.values():
+            self.registry.register(family)
         success = Counter(
             "quire:request_success", "Requests finished.", ["model_name", "finished_reason"], registry=self.registry
         )
@@ -140,8 +175,8 @@ class Metrics:
 class ModelMetrics:
     """What is observed of one model's requests."""
 
-    def __init__(self, model: str, families: dict[str, Histogram], success: Counter) -> None:
-        of = {name: family.labels(model) for name, family in families.items()}
+    def __init__(self, model: str, families: dict[str, BucketsFamily], success: Counter) -> None:
+        of = {name: family.of[model] for name, family in families.items()}
         self.ttft, self.itl, self.tpot, self.e2e = of["ttft"], of["itl"], of["tpot"], of["e2e"]
         self.queue, self.prefill, self.decode, self.inference = (
             of["queue"],

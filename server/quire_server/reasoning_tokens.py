@@ -33,6 +33,9 @@ class ReasoningTokens:
                 self._told(True)
             elif any(isinstance(event, Content | CallStart) for event in events):
                 self._told(False)
+                if self._parser.reasoned:  # nothing that follows counts
+                    self._parser = None
+                    return
 
     def _told(self, inside: bool) -> None:
         self._inside = inside

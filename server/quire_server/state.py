@@ -119,7 +119,7 @@ class Server:
         return found
 
 
-def server_of(request: Request) -> Server:
-    """The dependency of every route."""
+async def server_of(request: Request) -> Server:
+    """The dependency of every route: a coroutine, because FastAPI calls a plain function in a thread."""
     server: Any = request.app.state.server
     return server

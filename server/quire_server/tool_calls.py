@@ -82,12 +82,17 @@ class StepParser:
         self._space = ""  # white space that the reader sees only if more of the same kind follows
         self._called = False
         self._over = False
+        self.plain = False  # whether all that follows is content
         self._run = self._all()
 
     def steps(self) -> Steps[None]:
         raise NotImplementedError
 
     def push(self, text: str) -> list[Event]:
+        if self.plain and not self.reader.held:
+            self._emit(Content, text)
+            events, self._events = self._events, []
+            return events
         self.reader.add(text)
         return self._advance()
 
@@ -127,6 +132,7 @@ class StepParser:
     # -- inside ---------------------------------------------------------------------------------------------------
     def _all(self) -> Steps[None]:
         yield from self.steps()
+        self.plain = True
         yield from self.say_until(_NEVER)
 
     def _advance(self) -> list[Event]:
@@ -250,6 +256,11 @@ class AnswerParser:
         self._parallel, self._show = parallel, show_reasoning
         self._calls = 0
         self._given = 0
+
+    @property
+    def reasoned(self) -> bool:
+        """Whether no more reasoning can come."""
+        return self._reasoning is None or getattr(self._reasoning, "plain", False)
 
     def read(self, text: str) -> list[Event]:
         """What more text says, in its order. Every call has an id."""

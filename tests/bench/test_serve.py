@@ -177,7 +177,7 @@ def test_requests_from_a_file(bench, tmp_path):
 
 def test_kv_waste_is_sampled_from_the_metrics(bench, capsys):
     _, run = bench
-    _, figures, _ = run("--input-len", "4", "--output-len", "4", "--metrics-interval", "0.001")
+    _, figures, _ = run("--input-len", "4", "--output-len", "4", "--metrics-interval", "0.001", "--request-rate", "60")
     assert figures["kv"]["samples"] >= 1
     assert figures["kv"]["waste_mean"] == pytest.approx(0.025)
     assert figures["kv"]["usage_max"] == pytest.approx(0.5)

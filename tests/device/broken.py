@@ -9,7 +9,7 @@ import torch
 from quire.conformance.kit import COLLECTIVES
 from quire.hardware import AttentionBatch, Backend, Capabilities, CapturedStep, DeviceInfo, MemoryInfo
 from quire.quantization import FORMATS
-from quire.reference import paged
+from quire.reference import paged, quantize
 from quire.reference.collectives import TorchCommunicator
 
 
@@ -29,10 +29,11 @@ class Host(Backend):
     capabilities = Capabilities(
         contract_version=(1, 0),
         dtypes=frozenset({"float32", "bfloat16"}),
-        kv_dtypes=frozenset({"float32", "bfloat16"}),
+        kv_dtypes=frozenset({"float32", "bfloat16", "int8", "float8_e4m3fn"}),
         page_sizes=frozenset({16, 32}),
         head_sizes=(32, 64),
-        quantization=frozenset({"int8", "int4"}),
+        latent_sizes=frozenset({(576, 512), (40, 16)}),
+        quantization=frozenset({"int8", "int4", "w8a8", "fp8"}),
         graphs=True,
         collectives=frozenset(COLLECTIVES),
     )
@@ -122,6 +123,32 @@ class StalePlan(Host):
         return super().plan_attention(batch, spec)
 
 
+class OneScaleForAToken(Host):
+    """In 8 bits, the scale of the largest head of a token for all of them."""
+
+    def write_kv(self, kv, layer, k, v, batch):
+        super().write_kv(kv, layer, k, v, batch)
+        group, index = kv.place[layer]
+        if kv.scales[group] is not None:
+            slots, size = batch.slots[group], kv.pools[group].shape[3]
+            for side, x in enumerate((k,) if v is None else (k, v)):
+                codes, scales = paged.to_eight_bits(x.flatten(1), kv.pools[group].dtype)
+                kv.pools[group][index].view(torch.int8)[side].flatten(0, 1)[slots] = codes.view(torch.int8).view(
+                    x.shape
+                )
+                kv.scales[group][index, side, slots // size, :, slots % size] = scales[:, None]
+
+
+class LatentValuesAtTheEnd(Host):
+    """Takes the last channels of a latent key for its value."""
+
+    def attention(self, q, kv, layer, plan, spec, sinks=None):
+        if spec.value_dim is None:
+            return super().attention(q, kv, layer, plan, spec, sinks)
+        whole = dataclasses.replace(spec, value_dim=spec.head_dim)
+        return super().attention(q, kv, layer, plan, whole, sinks)[..., -spec.value_dim :]
+
+
 class WrongHead(Host):
     """Query head h reads KV head h % Hkv instead of h // group."""
 
@@ -192,6 +219,32 @@ class OneScaleForARow(Host):
         most = 2 ** (FORMATS[format].bits - 1) - 1
         scale = weight.abs().amax(-1, keepdim=True) / most
         return (weight / scale).round() * scale
+
+
+class OneScaleForABatch(Host):
+    """Rounds a product's input with one scale for all rows where the format says one for each."""
+
+    def linear(self, x, weight, bias=None):
+        if isinstance(weight, quantize.InputsRounded) and len(x):
+            x = quantize.rounded_rows(x.reshape(1, -1), weight.type).view_as(x)
+            weight = weight.weight
+        return super().linear(x, weight, bias)
+
+
+class LastOfEquals(Host):
+    def route(self, logits, chosen, score, normalize=True, bias=None):
+        turned = None if bias is None else bias.flip(-1)
+        gates, experts = super().route(logits.flip(-1), chosen, score, normalize, turned)
+        return gates, logits.shape[1] - 1 - experts
+
+
+class GatesBeforeTheActivation(Host):
+    def moe(self, x, gates, experts, gate_up, down, activation):
+        out = torch.zeros_like(x)
+        for j in range(experts.shape[1]):
+            scaled = x * gates[:, j, None].to(x.dtype)
+            out += super().moe(scaled, torch.ones_like(gates[:, :1]), experts[:, j, None], gate_up, down, activation)
+        return out
 
 
 class RowsOfAnotherLayout(Host):
@@ -284,6 +337,8 @@ CAUGHT_BY = {
     ReadsFreedPages: ("attention", "freed_pages_are_not_read"),
     BatchDependent: ("company", "linear"),
     StalePlan: ("graphs", "plans_are_brought_up_to_date"),
+    OneScaleForAToken: ("attention", "kv_dtypes_with_every_dtype"),
+    LatentValuesAtTheEnd: ("attention", "latent"),
     WrongHead: ("attention", "grouped_queries"),
     RotaryOffByOne: ("operations", "rotary"),
     IgnoresNoise: ("sampling", "the_noise_decides"),
@@ -294,6 +349,9 @@ CAUGHT_BY = {
     ForgetsBias: ("operations", "linear"),
     SumsInBfloat16: ("operations", "linear_sums_in_float32"),
     OneScaleForARow: ("operations", "quantized_groups_have_scales_of_their_own"),
+    OneScaleForABatch: ("operations", "quantized_linear"),
+    LastOfEquals: ("operations", "route"),
+    GatesBeforeTheActivation: ("operations", "quantized_moe"),
     RowsOfAnotherLayout: ("operations", "embed_of_a_packed_table"),
     EpsOutsideTheRoot: ("operations", "norm_of_small_numbers"),
     PaddingIsNotZero: ("attention", "padding_rows_are_zero"),

@@ -230,3 +230,13 @@ def test_the_processors_instruction_sets(machine):
     name, sets = memory.processor(machine(**{"proc/cpuinfo": text}))
     assert name == "Some CPU @ 2 GHz"
     assert set(sets) == {"avx2", "avx512f", "avx512_bf16", "fma"}
+
+
+@pytest.mark.parametrize("name", ["cpu", "cpu-torch"])
+def test_it_has_one_implementation_of_attention(name):
+    from quire import plugins
+
+    registry = plugins.load(["cpu"])
+    registry.backend(name).open(0, DeviceOptions(attention_backend="cpu_attn"))
+    with pytest.raises(UnsupportedOnDevice, match=f"--attention-backend FLASHINFER .*'{name}': it offers CPU_ATTN"):
+        registry.backend(name).open(0, DeviceOptions(attention_backend="FLASHINFER"))

@@ -66,6 +66,24 @@ def test_the_report_says_what_was_tested(sound):
     assert {"quire", "contract", "torch", "python", "machine"} <= set(data)
 
 
+def test_the_report_says_where_it_ran_and_which_operations_a_case_called(sound):
+    data = json.loads(json.dumps(sound.as_dict()))
+    assert data["hardware"]["index"] == 0
+    assert data["date"].startswith("20")
+    assert not data["batch_invariant"]
+    cases = {case["name"]: case for case in data["cases"] if case["outcome"] == "passed"}
+    called = next(case for name, case in cases.items() if name.startswith("gated_act[") and "bfloat16" in name)
+    assert called["operations"] == ["gated_act"]
+    assert called["parameters"]["dtype"] == "bfloat16"
+    window = next(case for name, case in cases.items() if name.startswith("window["))
+    assert {"allocate_kv", "write_kv", "plan_attention", "attention"} <= set(window["operations"])
+    own = next(case for name, case in cases.items() if name.startswith("rms_norm["))
+    assert own["operations"] == ["rms_norm"]
+    assert own["by_reference"] == ([] if "rms_norm" in vars(Host) else ["rms_norm"])
+    sizes = {case["parameters"]["head_size"] for case in cases.values() if "head_size" in case["parameters"]}
+    assert sizes == {32, 64}
+
+
 def test_the_matrix_tells_failures_from_what_is_not_declared(sound):
     data = sound.as_dict()
     data["cases"][0] = {**data["cases"][0], "area": "loading", "outcome": "failed"}

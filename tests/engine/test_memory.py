@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from quire.cli.engine_args import byte_size, length, make_config
-from quire.engine.memory import plan_memory, request_pages, working_bytes
+from quire.engine.measure import largest_step
+from quire.engine.memory import capture_bytes, plan_memory, request_pages, working_bytes
 from quire.errors import ConfigError, DoesNotFit
 from quire.hardware import MemoryInfo
 from quire.spec import AttentionSpec, KVGroupSpec, KVSpec, LayerSpec, MlpSpec, ModelSpec, NormSpec
@@ -102,3 +104,81 @@ def test_a_setting_that_cannot_be_honoured_is_named(options, named):
 def test_sizes_are_read_as_people_write_them():
     assert [byte_size(t) for t in ("4G", "512M", "1.5GiB", "123", "2kb")] == [4 << 30, 512 << 20, 3 << 29, 123, 2048]
     assert [length(t) for t in ("4096", "32k", "auto")] == [4096, 32768, 0]
+
+
+def test_a_measured_step_replaces_the_estimate():
+    """Less than estimated: more pages; more than estimated: fewer. The length never grows beyond what was loaded for."""
+    memory, weights = MemoryInfo(GIB, GIB), 700 << 20
+    config = make_config("x", max_num_seqs=1000)
+
+    def made(measured=None, longest=None):
+        return plan_memory(config, SPEC, FULL, [PAGE], weights, "bfloat16", memory, measured, longest)
+
+    estimated = made()
+    less, more = made(estimated.working // 2), made(estimated.working + (100 << 20))
+    assert more.kv < estimated.kv < less.kv
+    assert more.kv + more.working + more.weights <= more.budget + PAGE  # page 0 is nobody's
+    assert "(measured)" in less.report()
+    assert "(measured)" not in estimated.report()
+    assert made(0, longest=512).max_model_len == 512
+    with pytest.raises(DoesNotFit, match="working memory 2.00 GiB"):
+        made(2 * GIB)
+
+
+@pytest.mark.parametrize("family", ["tiny", "windowed"])
+def test_an_engine_sizes_its_pages_by_the_step_it_measured(family, engine, request, monkeypatch):
+    """Through the real step, on a device that is made to tell: the pages shrink by what it took, the answer is the same."""
+    from quire_cpu.native_backend import NativeCpuBackend
+
+    model = request.getfixturevalue(family)
+    options = dict(device="cpu", max_num_seqs=4, kv_cache_memory_bytes=None, max_num_batched_tokens=600)
+    plain = engine(model, **options)
+    ran = []
+
+    def tell(self, fn):
+        ran.append(fn())
+        return 300 << 20
+
+    monkeypatch.setattr(NativeCpuBackend, "peak_memory", tell)
+    told = engine(model, **options)
+    assert len(ran) == 1
+    assert not plain._engine.memory.measured
+    assert told._engine.memory.measured
+    # What captured steps hold is not in the measured step, and is added to it.
+    assert told._engine.memory.working > 300 << 20
+    prompt = dict(prompt_token_ids=list(range(3, 40)))
+    from quire import SamplingParams
+
+    answers = [llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8)) for llm in (plain, told)]
+    assert answers[0][0].outputs[0].token_ids == answers[1][0].outputs[0].token_ids
+
+
+def test_a_step_that_does_not_fit_is_refused(engine, tiny, monkeypatch):
+    import torch
+
+    from quire_cpu.native_backend import NativeCpuBackend
+
+    def full(self, fn):
+        raise torch.OutOfMemoryError("out of memory: tried to allocate 5 GiB\nmore")
+
+    monkeypatch.setattr(NativeCpuBackend, "peak_memory", full)
+    with pytest.raises(DoesNotFit, match=r"2,048 tokens and 4 sampled rows.*tried to allocate 5 GiB\).*--max-num-seqs"):
+        engine(tiny, max_num_seqs=4)
+
+
+def test_captured_steps_hold_their_logits_and_one_pool():
+    assert capture_bytes(SPEC, "bfloat16", [1, 2, 4]) == 7 * 1000 * 4 + working_bytes(SPEC, "bfloat16", 4, 0)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(2048, 4096), (100, 32), (64, 32), (1, 1)])
+def test_the_measured_step_is_the_largest(tokens, length):
+    step = largest_step(MIXED, tokens, length)
+    counts = np.diff(step.query_start)
+    assert counts.sum() == len(step.token_ids) == len(step.positions) == tokens
+    assert counts.max() == min(tokens, length)
+    assert (counts > 0).all()
+    assert (step.context_lens == counts).all()
+    for group, table, slots in zip(MIXED.groups, step.block_tables, step.slots, strict=True):
+        assert table.shape == (len(counts), -(-counts.max() // group.page_size))
+        assert (table == 1).all()
+        assert (slots // group.page_size == 1).all()

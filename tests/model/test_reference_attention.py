@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quire.hardware import AttentionBatch
 from quire.reference import paged
@@ -89,6 +91,68 @@ def test_ragged_attention_equals_pytorch(dtype, heads, kv_heads, window, soft_ca
         torch.testing.assert_close(out[rows], expected(q[rows], k, v, spec, logits), rtol=0, atol=tolerance)
 
 
+@pytest.mark.parametrize("value_dim", [16, 10])
+def test_latent_attention_is_attention_over_leading_channels(value_dim):
+    torch.manual_seed(2)
+    spec = AttentionSpec(6, 1, 16, 0.3, value_dim=value_dim)
+    counts, contexts = [1, 9, 7, 16, 1, 3], [1, 9, 15, 16, 17, 40]
+    batch, pages = ragged(counts, contexts, padding=1)
+    kv = paged.allocate_kv(KVSpec((KVGroupSpec((0,), 1, 16, "float64", PAGE, latent=True),)), [pages], "cpu")
+    kv.pools[0].fill_(torch.nan)
+    whole = [torch.randn(c, 1, 16, dtype=torch.float64) for c in contexts]
+    paged.write_kv(kv, 0, torch.cat(whole), None, ragged(contexts, contexts)[0])
+    q = torch.randn(sum(counts), 6, 16, dtype=torch.float64)
+    out = paged.attention(q, kv, 0, paged.plan_attention(batch, kv.spec), spec)
+    for n, k in enumerate(whole):
+        rows = slice(batch.query_start_host[n], batch.query_start_host[n + 1])
+        true = expected(q[rows], k, k[..., :value_dim], spec, None)
+        torch.testing.assert_close(out[rows], true, rtol=0, atol=1e-12)
+
+
+NUMBERS = st.floats(min_value=-(2.0**127), max_value=2.0**127, width=32)
+
+
+@given(st.lists(st.lists(NUMBERS, min_size=8, max_size=8), min_size=1, max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_eight_bits_against_the_best_of_all_codes(rows):
+    """No code of the format is nearer to a number than the one it got, and storing again what was read changes nothing."""
+    x = torch.tensor(rows, dtype=torch.float32)
+    largest = x.abs().amax(1)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        codes, scales = paged.to_eight_bits(x, dtype)
+        every = (
+            torch.arange(-127, 128, dtype=torch.int8)
+            if dtype == torch.int8
+            else torch.arange(256).to(torch.uint8).view(dtype)
+        )
+        every = every.double()[every.double().isfinite()]
+        normal = largest > 1e-29
+        if dtype == torch.int8:
+            assert (codes.double().abs().amax(1)[normal] == 127).all()
+        else:
+            assert not (codes.view(torch.uint8) == 0x80).any()
+            mantissa, _ = torch.frexp(scales)
+            assert (mantissa == 0.5).all(), "a scale is no power of two"
+            assert (codes.double().abs().amax(1)[normal] >= 224).all()
+        exact = x.double() / scales.double()[:, None]
+        error = (codes.double() - exact).abs()
+        best = (every[:, None, None] - exact).abs().amin(0)
+        assert (error <= best + exact.abs() * 1e-6).all()
+        read = paged.from_eight_bits(codes, scales, torch.float32)
+        assert torch.equal(paged.from_eight_bits(*paged.to_eight_bits(read, dtype), torch.float32), read)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_eight_bits_of_what_is_not_finite(dtype):
+    x = torch.randn(4, 3, 16)
+    x[1, 2, 5], x[3, 0, 0] = torch.nan, torch.inf
+    codes, scales = paged.to_eight_bits(x, dtype)
+    lost = torch.zeros(4, 3, dtype=torch.bool)
+    lost[1, 2] = lost[3, 0] = True
+    assert torch.equal(scales.isnan(), lost)
+    assert codes.float().isfinite().all()
+
+
 def test_padding_rows_get_zeros_and_reuse_updates_the_very_plan():
     spec = AttentionSpec(2, 2, 8, 1.0)
     group = KVGroupSpec((0,), 2, 8, "float32", PAGE)
@@ -116,3 +180,23 @@ def test_copy_pages_reads_before_it_writes_and_page_bytes_is_what_a_page_takes()
     assert torch.equal(host.pools[0][:, :, 1], before[:, :, 4])
     paged.copy_pages(device, host, 0, [])
     assert paged.page_bytes(group) * 5 == before.numel() * before.itemsize
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_pages_in_eight_bits_are_copied_with_their_scales(dtype, latent):
+    group = KVGroupSpec((0, 2), 3, 8, dtype, PAGE, latent=latent)
+    batch, count = ragged([20], [20], seed=1)
+    device, host = (paged.allocate_kv(KVSpec((group,)), [pages], "cpu") for pages in (count, 5))
+    x = torch.randn(20, 3, 8)
+    for kv in (device, host):
+        kv.scales[0].fill_(torch.nan)
+    for layer in (0, 2):
+        paged.write_kv(device, layer, x, None if latent else -x, batch)
+    where = batch.block_tables[0][:, :3]
+    pages = where[0].tolist()
+    paged.copy_pages(device, host, 0, [(page, i + 1) for i, page in enumerate(pages)])
+    spec = AttentionSpec(3, 3, 8, 1.0, value_dim=8 if latent else None)
+    there, _ = paged._read(host, 2, torch.tensor([1, 2, 3]), spec, torch.float32)
+    assert torch.equal(there[:20], paged.from_eight_bits(*paged.to_eight_bits(x, getattr(torch, dtype)), torch.float32))
+    assert paged.page_bytes(group) * count == sum(t.numel() * t.itemsize for t in (device.pools[0], device.scales[0]))

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 
 from quire.errors import ModelError
+from quire.models.family import Part, WeightMap
 from quire.models.llama import Llama
 from quire.quantization import FORMATS
 from quire.reference.quantize import rounded
 from quire.weights.checkpoint import Checkpoint, weight_bytes
-from quire.weights.load import load_weights
+from quire.weights.load import DUMMY_BLOCK, dummy_tensor, load_weights
 from quire.weights.resolve import resolve_model
 from tests.model.model_helpers import Host
 
@@ -234,6 +235,20 @@ def test_dummy_weights_depend_on_seed_and_name_alone():
     assert not torch.equal(one.layers[0].mlp.down, one.layers[1].mlp.down)
     assert one.head.abs().max() < 0.04 < one.head.std() * 3
     assert (one.norm - 1).abs().max() < 0.04
+
+
+def test_a_large_dummy_weight_repeats_its_block_on_the_device():
+    def made(rows, device="cpu"):
+        weight = WeightMap("mlp", "down", (Part("w", (rows, 1024)),), "matrix", 0)
+        return dummy_tensor(weight, torch.bfloat16, 7, device)
+
+    large = made(2050).flatten()  # two blocks and a rest
+    block = large[:DUMMY_BLOCK]
+    assert torch.equal(large[DUMMY_BLOCK : 2 * DUMMY_BLOCK], block)
+    assert torch.equal(large[2 * DUMMY_BLOCK :], block[: 2050 * 1024 - 2 * DUMMY_BLOCK])
+    assert 0.0195 < block.float().std() < 0.0205
+    assert len({row.numpy().tobytes() for row in made(2050).view(torch.int16)}) == 2050  # no two rows alike
+    assert made(4, "meta").device.type == "meta"
 
 
 def test_load_format_must_be_known_and_have_what_it_needs():

@@ -84,13 +84,18 @@ def test_rows_of_a_packed_table_are_those_that_were_packed(dtype, n, k):
         native.embed(torch.tensor([0, n]), native.pack_linear(table))
 
 
-@pytest.mark.parametrize("format", reference.quantize.FORMATS)
+@pytest.mark.parametrize("format", [name for name, how in reference.quantize.FORMATS.items() if not how.inputs])
 def test_rows_of_a_rounded_table_are_those_of_the_definition(dtype, format):
     table, ids = torch.randn(67, 300).to(dtype), torch.arange(67).flip(0)
     table[3, 5], table[4] = float("nan"), 0
     how = reference.quantize.FORMATS[format]
     rows = native.embed(ids, native.pack_quantized(table, how.bits, how.group))
     torch.testing.assert_close(rows, reference.quantize.rounded(table, how)[ids], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_format_that_has_no_kernel_is_refused_before_it_is_packed():
+    with pytest.raises(ValueError, match="bits and group are 8 and 0, but can be 4 or 8 and 32, 64 or 128"):
+        native.pack_quantized(torch.randn(8, 64), 8, 0)
 
 
 def test_rows_of_integers_with_zero_points():

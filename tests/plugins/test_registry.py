@@ -10,7 +10,7 @@ from importlib.metadata import EntryPoint
 import pytest
 
 from quire import plugins
-from quire.hardware import Backend, Capabilities, DeviceInfo, DeviceUnavailable, hookimpl
+from quire.hardware import Backend, Capabilities, DeviceInfo, DeviceUnavailable, UnsupportedOnDevice, hookimpl
 
 
 class Distribution:
@@ -239,3 +239,18 @@ def test_asking_for_a_plugin_that_is_not_installed(plugin):
 def test_a_plugin_that_is_not_selected_is_not_imported():
     broken = EntryPoint(name="broken", value="quire_no_such_module", group="quire")
     assert errors(plugins.load([], found=[broken])) == {}
+
+
+def test_an_attention_implementation_that_a_device_has_not_is_refused_by_name():
+    """By the contract itself: a backend that declares none accepts none, whatever its plugin knows of the option."""
+    from quire.hardware import DeviceOptions
+
+    class Two(Backend):
+        name = "two"
+        capabilities = Capabilities(contract_version=(1, 0), attention_backends=frozenset({"SLOW", "FAST"}))
+
+    Two().open(0, DeviceOptions(attention_backend="fast"))
+    with pytest.raises(UnsupportedOnDevice, match="--attention-backend OTHER .* 'two': it offers FAST, SLOW; instead"):
+        Two().open(0, DeviceOptions(attention_backend="OTHER"))
+    with pytest.raises(UnsupportedOnDevice, match="one implementation of its own"):
+        Backend().open(0, DeviceOptions(attention_backend="FAST"))

@@ -75,9 +75,9 @@ def test_slow_reader_holds_the_stream_back(make_live):
 
 
 def _settled(histogram) -> bool:
-    before = histogram._sum.get()
+    before = histogram.sum
     time.sleep(0.3)
-    return before == histogram._sum.get() != 0
+    return before == histogram.sum != 0
 
 
 class TestKeys:

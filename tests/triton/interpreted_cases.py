@@ -13,7 +13,6 @@ import torch
 from quire.conformance.world import Float64, Paper, Row, Shape, Stage, close
 from quire.hardware import DeviceOptions
 from quire_triton import attention, configs
-from quire_triton.kernels.linear import Quantized, linear
 from tests.triton.interpreted_device import Interpreted
 
 LENGTHS = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97, 130]
@@ -130,50 +129,3 @@ def test_configurations_hold_what_the_kernels_assume():
                     assert configs.attention(arch, itemsize, dim, decode, group=71).rows >= 71
     with pytest.raises(ValueError, match="head_dim is 512"):
         configs.attention("sm_90", 2, 512, False)
-
-
-def product(x, weight, bias=None):
-    out = x.double() @ weight.double().T
-    return out if bias is None else out + bias.double()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "n", "k"), [(1, 40, 64), (5, 129, 96), (17, 64, 200), (130, 72, 33)])
-def test_linear_dense(rows, n, k, dtype):
-    generator = torch.Generator().manual_seed(rows)
-    x, weight = (torch.randn(size, k, generator=generator).to(dtype) for size in (rows, n))
-    bias = torch.randn(n, generator=generator).to(dtype)
-    close(linear(x, weight, bias), product(x, weight, bias), str(dtype).removeprefix("torch."), what="linear")
-    wide = torch.randn(rows, 2 * k, generator=generator).to(dtype)[:, :k]  # rows that lie apart
-    close(linear(wide, weight), product(wide, weight), str(dtype).removeprefix("torch."), what="linear")
-
-
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_linear_of_integers(bits, group, zeros):
-    generator = torch.Generator().manual_seed(group)
-    n, k = 70, 256
-    q = torch.randint(0, 1 << bits, (n, k), generator=generator, dtype=torch.uint8)
-    scales = torch.rand(n, k // group, generator=generator) / 100
-    points = torch.randint(0, 1 << bits, scales.shape, generator=generator, dtype=torch.uint8) if zeros else None
-    weight = Quantized(q, scales, points, bits, group)
-    middle = points[:, :, None].float() if zeros else 1 << (bits - 1)
-    truth = ((q.view(n, -1, group).double() - middle) * scales[:, :, None]).view(n, k)
-    torch.testing.assert_close(weight.dense().double(), truth)
-    for rows in (1, 20):
-        x = torch.randn(rows, k, generator=generator)
-        close(linear(x, weight), product(x, truth), "float32", what="linear")
-
-
-@pytest.mark.parametrize("kind", ["dense", 4, 8])
-def test_the_bits_of_a_product_do_not_depend_on_the_batch(kind):
-    generator = torch.Generator().manual_seed(3)
-    x, dense = torch.randn(70, 192, generator=generator), torch.randn(50, 192, generator=generator)
-    weight = dense
-    if kind != "dense":
-        q = torch.randint(0, 1 << kind, (50, 192), generator=generator, dtype=torch.uint8)
-        weight = Quantized(q, torch.rand(50, 3, generator=generator), None, kind, 64)
-    whole = linear(x, weight, batch_invariant=True)
-    for rows in (1, 2, 16, 17, 33):
-        assert torch.equal(linear(x[5 : 5 + rows], weight, batch_invariant=True), whole[5 : 5 + rows])

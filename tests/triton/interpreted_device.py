@@ -11,7 +11,8 @@ import dataclasses
 import torch
 
 from quire.hardware import Capabilities, DeviceInfo, DeviceOptions, MemoryInfo
-from quire_triton.backend import TritonOps
+from quire.quantization import FORMATS
+from quire_triton.backend import KV_DTYPES, LATENT_SIZES, TritonOps
 
 
 class Interpreted(TritonOps):
@@ -19,13 +20,16 @@ class Interpreted(TritonOps):
     capabilities = Capabilities(
         contract_version=(1, 0),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
-        kv_dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        kv_dtypes=KV_DTYPES,
+        latent_sizes=LATENT_SIZES,
         page_sizes=frozenset({8, 16, 32, 64, 128, 256}),
         head_sizes=(32, 256),
+        quantization=frozenset(FORMATS),
     )
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         super().open(index, options)
+        # The formats of every architecture, whatever host memory counts as.
         self.capabilities = dataclasses.replace(type(self).capabilities, batch_invariant=options.batch_invariant)
 
     @property

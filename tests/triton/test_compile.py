@@ -6,6 +6,7 @@ It shows that a configuration compiles, fits and uses matrix instructions; not t
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -16,16 +17,30 @@ from tests.triton.conftest import ROOT, environment, needs_triton
 pytestmark = needs_triton
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")
+MORE = ("gfx90a", "gfx950", "sm_120", "sm_86", "sm_89")  # aot.ONLY_PRODUCTS
 MATRIX = {
     "sm_80": "mma.sync",
+    "sm_86": "mma.sync",
+    "sm_89": "mma.sync",
     "sm_90": "wgmma.mma_async",
     "sm_100": "tcgen05.mma",
+    "sm_120": "mma.sync",
+    "gfx90a": "v_mfma_",
     "gfx942": "v_mfma_",
+    "gfx950": "v_mfma_",
     "gfx1100": "v_wmma_",
 }
 # Bytes that may be spilled, elsewhere none: on gfx1100 no tile of 16-bit products has been found that spills nothing
 # at these head sizes. A larger number than these is a step back.
 SPILLS = {("gfx1100", "128"): 64, ("gfx1100", "256"): 896}
+# The same of caches in 8 bits and of latent ones, by (architecture, name). RDNA3 holds a product's first factor twice,
+# and 16 latent queries leave it no registers; elsewhere it is addresses that are kept around the loop.
+CACHE_SPILLS = (
+    ("gfx1100", "decode-int8", 16), ("gfx1100", "decode-fp8", 912), ("gfx1100", "prefill-int8", 768),
+    ("gfx1100", "prefill-fp8", 1600), ("gfx1100", "latent-.*bf16", 1664), ("gfx1100", "latent-", 2880),
+    ("gfx1100", "groups-.*-8192", 416), ("gfx942", "prefill-fp8-128", 4), ("gfx942", "latent-.*-fp32", 528),
+    ("sm_80|sm_90", "prefill-(fp8|int8)", 40), ("sm_90|sm_100", "latent-", 240),
+)  # fmt: skip
 
 
 def compiled(arch: str, names: str, folder) -> list[dict]:
@@ -44,18 +59,46 @@ def check(arch: str, rows: list[dict]) -> None:
     for row in rows:
         assert row["shared"] <= SHARED_MEMORY[arch], row
         dim = row["name"].split("-")[2] if row["kernel"] == "attention_kernel" else ""
-        assert row["spills"] <= SPILLS.get((arch, dim), 0), row
+        bounds = [
+            bound for archs, names, bound in CACHE_SPILLS if re.match(archs, arch) and re.match(names, row["name"])
+        ]
+        assert row["spills"] <= max([SPILLS.get((arch, dim), 0), *bounds]), row
         if row["kernel"] in ("attention_kernel", "linear_kernel") and "fp32" not in row["name"]:
-            decode = row["name"].startswith("decode") or row["name"].endswith("few")
-            # 16 rows are too few for a warp group's product: there the small instruction is right.
-            wanted = "mma.sync" if decode and arch.startswith("sm_") else MATRIX[arch]
+            # 16 rows are too few for a warp group's first factor: there the small instruction is right. A product's rows
+            # are the second factor, which may be as narrow as that.
+            small = row["kernel"] == "attention_kernel" and row["rows"] == 16
+            wanted = "mma.sync" if small and arch.startswith("sm_") else MATRIX[arch]
             assert wanted in row["matrix"], row
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_attention_compiles_fits_and_multiplies_in_hardware(arch, tmp_path):
-    rows = compiled(arch, "prefill-bf16-128$|decode-bf16-128$|merge|write|linear-16-many|linear-4-few", tmp_path)
-    names = {"prefill-bf16-128", "decode-bf16-128", "merge", "write", "linear-16-many", "linear-4-few"}
+    rows = compiled(arch, "prefill-bf16-128$|decode-bf16-128$|merge|write$", tmp_path)
+    assert {row["name"] for row in rows} == {"prefill-bf16-128", "decode-bf16-128", "merge", "write"}
+    check(arch, rows)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_products_compile_fit_and_multiply_in_hardware(arch, tmp_path):
+    few = "dense-some-one-by-one|int4-32-few|int4-128-many|int8-128-gated-few|w8a8-many|fp8-many|fp8-experts-few"
+    rows = compiled(arch, f"product-({few})$|sort", tmp_path)
+    assert len(rows) == (8 if arch in ("sm_90", "sm_100", "gfx942") else 6)
+    check(arch, rows)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", ARCHITECTURES + MORE)
+def test_every_product_compiles_and_fits(arch, tmp_path):
+    rows = compiled(arch, "product|quantize|count|sort|weigh|route", tmp_path)
+    assert len(rows) >= 56
+    assert len({row["kernel"] for row in rows}) == 6
+    check(arch, rows)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_small_and_latent_caches_and_sampling_compile_and_fit(arch, tmp_path):
+    names = {"decode-fp8-128", "latent-prefill-bf16-128", "write-fp8", "sample-True"}
+    rows = compiled(arch, "$|".join(names) + "$", tmp_path)
     assert {row["name"] for row in rows} == names
     check(arch, rows)
 
@@ -64,6 +107,6 @@ def test_attention_compiles_fits_and_multiplies_in_hardware(arch, tmp_path):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_configuration_compiles_and_fits(arch, tmp_path):
     rows = compiled(arch, "", tmp_path)
-    assert len(rows) >= 30
-    assert len({row["kernel"] for row in rows}) == 9
+    assert len(rows) >= 90
+    assert len({row["kernel"] for row in rows}) >= 21
     check(arch, rows)

@@ -31,6 +31,7 @@ ATTENTION = (
     "page_sizes and (8 or 256) or head_sizes and (80 or 256) or attention and dtypes or grouped and (14 or 32) or "
     "window and (0-3 or 1-1) or soft_cap and 0.5 or sinks or padding or nothing or freed or past_the_end or two_groups"
 )
+PRODUCTS = "moe or route and (8-2 or 256) or gated_mlp or final_head or 37-53 or sums_in_float32 or groups_have"
 POINTWISE = "norm or rotary or gated_act or attention_block"
 
 
@@ -55,6 +56,20 @@ def test_pointwise_operations_of_the_kit(tmp_path):
     assert len(kit(tmp_path, "operations", POINTWISE)) >= 40
 
 
+def test_latent_attention_and_sampling_of_the_kit(tmp_path):
+    keyword = "latent and (-16 or float8) or logprobs and 1000-0 or noise or greedy or masked or minus_one or no_rows"
+    assert len(kit(tmp_path, "attention,sampling", keyword)) >= 9
+
+
+@pytest.mark.exhaustive
+def test_all_of_sampling(tmp_path):
+    assert len(kit(tmp_path, "sampling", "")) >= 35
+
+
+def test_products_of_the_kit(tmp_path):
+    assert len(kit(tmp_path, "operations", PRODUCTS)) >= 60
+
+
 @pytest.mark.exhaustive
 def test_all_bits_do_not_depend_on_company(tmp_path):
     assert len(kit(tmp_path, "company", "gated_act or linear and 24 and bfloat16")) >= 2  # half an hour for all
@@ -65,8 +80,9 @@ def test_all_of_the_kit(tmp_path):
     assert len(kit(tmp_path, "attention,pages,operations,memory", "not 50257")) >= 100
 
 
-def test_cases_of_our_own():
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", "tests/triton/interpreted_cases.py"]
+@pytest.mark.parametrize("cases", ["cases", "caches", "sampling", "products"])
+def test_cases_of_our_own(cases):
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-rs", f"tests/triton/interpreted_{cases}.py"]
     result = subprocess.run(
         command, cwd=ROOT, env=environment(interpret=True), capture_output=True, text=True, timeout=280
     )

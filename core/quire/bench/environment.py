@@ -16,12 +16,16 @@ from typing import Any
 def describe() -> dict[str, Any]:
     """Date, command, versions, commit and machine. Loads nothing heavy: versions are read from metadata."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "command": _without_secrets(sys.argv),
         "versions": versions(),
         "commit": commit(Path(__file__).parent),
         "machine": machine(),
     }
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _without_secrets(command: Sequence[str]) -> list[str]:

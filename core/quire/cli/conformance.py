@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--isa", metavar="NAME", help="instruction set, where the device has several (default: the best)"
     )
     parser.add_argument("--batch-invariant", action="store_true", help="open the device in its batch-invariant mode")
+    parser.add_argument("--attention-backend", metavar="NAME", help="hold this implementation of attention to it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there")
     parser.add_argument("-k", dest="keyword", metavar="EXPRESSION", help="only cases whose names match, as pytest's -k")
     parser.add_argument("--speed", action="store_true", help="also measure")
@@ -44,7 +45,12 @@ def run(args: argparse.Namespace) -> int:
         name=args.device,
         factory=lambda: registry.backend(args.device),
         index=args.device_index,
-        options=DeviceOptions(threads=args.threads, isa=args.isa, batch_invariant=args.batch_invariant),
+        options=DeviceOptions(
+            threads=args.threads,
+            isa=args.isa,
+            batch_invariant=args.batch_invariant,
+            attention_backend=args.attention_backend,
+        ),
         plugin=owner.name,
         distribution=owner.distribution,
         version=owner.version,

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from quire.hardware import Backend, DeviceOptions
+from quire.hardware import Backend, DeviceOptions, UserError
 from quire.plugins import Registry, describe, load, native
 
 HELP = "check every device: memory, dtypes, a computation, native operations"
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--isa", metavar="NAME", help="instruction set, where the device has several (default: the best)"
     )
+    parser.add_argument("--attention-backend", metavar="NAME", help="open the device with this one")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -26,7 +27,8 @@ def run(args: argparse.Namespace) -> int:
     """0 if a device is usable (the one that was named, if one was)."""
     registry = load(args.plugins)
     names = [args.device] if args.device else sorted(registry.backends)
-    devices = [examine(registry, name, DeviceOptions(threads=args.threads, isa=args.isa)) for name in names]
+    options = DeviceOptions(threads=args.threads, isa=args.isa, attention_backend=args.attention_backend)
+    devices = [examine(registry, name, options) for name in names]
     refused = {plugin.name: plugin.error for plugin in registry.plugins if plugin.error}
     if args.json:
         json.dump({"devices": devices, "refused": refused}, sys.stdout, indent=1)
@@ -51,9 +53,12 @@ def examine(registry: Registry, name: str, options: DeviceOptions = DeviceOption
             report["found"].append({**row, "free": memory.free, "total": memory.total})
         capabilities = backend.capabilities  # opening may have made them more exact
         report["graphs"], report["batch_invariant"] = capabilities.graphs, capabilities.batch_invariant
+        report["collectives"] = sorted(capabilities.collectives)
         report["computation"] = {dtype: check(backend, dtype) for dtype in sorted(capabilities.dtypes)}
+        report["notes"] = backend.notes()  # after computing: what was chosen may depend on what was asked
     except Exception as error:  # a doctor does not fall ill of what it finds
-        report["problem"] = describe(error)
+        text = str(error) if isinstance(error, UserError) else describe(error)
+        report["problem"] = text.partition("\n")[0]
     wrong = [f"{dtype}: {result}" for dtype, result in report["computation"].items() if result != "right"]
     report["problem"] = report["problem"] or "; ".join(wrong)
     report["usable"] = not report["problem"]
@@ -100,6 +105,9 @@ def show(devices: list[dict[str, Any]], refused: dict[str, str]) -> None:
         if "graphs" in device:
             answers = {key: "yes" if device[key] else "no" for key in ("graphs", "batch_invariant")}
             console.print(f"  captured steps: {answers['graphs']}; batch-invariant: {answers['batch_invariant']}")
+            console.print(f"  collectives: {', '.join(device['collectives']) or 'none'}")
+        for note in device.get("notes", ()):
+            console.print(escape(f"  {note}"))
         if device["problem"]:
             console.print(f"  [red]{escape(device['problem'])}[/red]")
     for name, error in refused.items():

@@ -31,6 +31,11 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--isa", metavar="NAME", help="instruction set, where the device has several (default: the best)"
     )
     group.add_argument("--batch-invariant", action="store_true", help="refuse a device that cannot promise it")
+    group.add_argument(
+        "--attention-backend",
+        metavar="NAME",
+        help="an attention implementation that the device offers (default: it chooses; `quire doctor` shows them)",
+    )
     group.add_argument("--enforce-eager", action="store_true", help="never capture decode steps")
     group.add_argument("--seed", type=int, default=0, help="seed of dummy weights")
     group = parser.add_argument_group("memory")
@@ -44,7 +49,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache-dtype",
         default="auto",
-        help="auto (the model's), bf16, fp16, fp32 or int8 (a scale for each token and head), as the device has them",
+        help="auto (the model's), bf16, fp16, fp32, or fp8 or int8 (a scale for each token and head), as the device has them",
     )
     group.add_argument("--block-size", type=int, default=16, help="tokens in a page (default: 16)")
     group.add_argument(

@@ -15,6 +15,7 @@ DECLARED = (
     "kv_dtypes",
     "page_sizes",
     "head_sizes",
+    "latent_sizes",
     "quantization",
     "graphs",
     "collectives",
@@ -48,7 +49,7 @@ def matrix(reports: Sequence[dict[str, Any]]) -> str:
         ["contract", *(r["contract"] for r in reports)],
         ["torch, machine", *(f"{r['torch']}, {r['machine']}" for r in reports)],
     ]
-    rows += [[name.replace("_", " "), *(cell(r["capabilities"][name]) for r in reports)] for name in DECLARED]
+    rows += [[name.replace("_", " "), *(cell(r["capabilities"].get(name, [])) for r in reports)] for name in DECLARED]
     found = [[a, *(mark([c for c in r["cases"] if c["area"] == a]) for r in reports)] for a in areas]
     return "\n".join(
         [

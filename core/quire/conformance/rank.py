@@ -8,12 +8,13 @@ import json
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quire.conformance.world import close
-from quire.hardware import Backend, Communicator
+from quire.hardware import Backend, Communicator, UnsupportedOnDevice
 from quire.reference import torch_dtype
 
 SHAPE = (12, 5)
@@ -78,10 +79,14 @@ def cases(c: Communicator, mine: Tensor, all_of: list[Tensor], dtype: str) -> di
 SAME = ("all_reduce", "all_gather", "broadcast")
 
 
-def run(backend: Backend, rank: int, size: int, address: str) -> dict[str, dict[str, str]]:
-    """{method: {"error": why it failed or "", "bits": digest of the result}}, for each declared method in turn."""
-    communicator = backend.communicator(rank, size, address)
-    found: dict[str, dict[str, str]] = {}
+def run(backend: Backend, rank: int, size: int, address: str) -> dict[str, Any]:
+    """{method: {"error": why it failed or "", "bits": digest of the result}}, for each declared method in turn;
+    {"refused": why} where the device would not make a communicator."""
+    try:
+        communicator = backend.communicator(rank, size, address)
+    except UnsupportedOnDevice as reason:  # two ranks on one device, say: test_collectives.py judges
+        return {"refused": str(reason)}
+    found: dict[str, Any] = {}
     for name in sorted(backend.capabilities.collectives):
         error, digest = "", hashlib.sha256()
         for dtype in sorted(backend.capabilities.dtypes):

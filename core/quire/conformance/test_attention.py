@@ -43,11 +43,38 @@ def test_kv_dtypes_with_every_dtype(backend, shape, size, dtype, kv_dtype):
     """Heads of very different size in one token: a cache with scales needs one for each."""
     shaped = Shape(**{**shape, "dtype": dtype, "kv_dtype": kv_dtype})
     paper = Paper(ragged(size), shaped)
-    paper.values *= torch.tensor([1.0, 300.0])[:, None]
+    paper.values *= torch.tensor([1.0, 256.0])[:, None]  # a power of two: fp8 keeps what it is given
     device, truth = Stage(backend, paper), Stage(Float64(), paper, "float64")
     given, expected = device.attend(), truth.attend()
     for heads in (slice(0, 2), slice(2, 4)):
         close(given[:, heads], expected[:, heads], dtype, factor=3.0, what=f"attention of heads {heads}")
+
+
+def latent(shape: dict, size: tuple[int, int], **more) -> Shape:
+    return Shape(**{**shape, "head_dim": size[0], "value_dim": size[1], "kv_heads": 1, "heads": 16, **more})
+
+
+@pytest.mark.parametrize("heads", [1, 16, 128])
+def test_latent(backend, shape, size, latent_size, heads):
+    """Values that are channels of the keys: prompts, chunks, decodes and drafts, with few and with many heads."""
+    compare(backend, ragged(size), latent(shape, latent_size, heads=heads, layers=2 if heads == 16 else 1))
+
+
+def test_latent_page_sizes(backend, shape, page_size, latent_size):
+    rows = [Row(page_size - 1, 2), Row(page_size, 1), Row(page_size + 1, 3), Row(2 * page_size + 1, 1), Row(0, 1)]
+    compare(backend, rows, latent({**shape, "page_size": page_size}, latent_size))
+
+
+def test_latent_kv_dtypes(backend, shape, size, kv_dtype, latent_size):
+    compare(backend, ragged(size), latent({**shape, "kv_dtype": kv_dtype}, latent_size))
+
+
+def test_latent_of_every_dtype(backend, shape, size, dtype, latent_size):
+    compare(backend, ragged(size), latent({**shape, "dtype": dtype, "kv_dtype": usual_kv(backend, dtype)}, latent_size))
+
+
+def test_latent_of_a_long_context(backend, shape, latent_size):
+    compare(backend, [Row(1100, 1), Row(300, 3), Row(3, 1)], latent(shape, latent_size))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (8, 2), (14, 2), (6, 3), (4, 1), (32, 1)])

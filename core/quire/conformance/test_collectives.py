@@ -26,20 +26,27 @@ def ranks(request, target, groups):
         pytest.skip("this backend is an object that another process cannot make")
     if request.param not in groups:
         groups[request.param] = gather(target, request.param)
+    if isinstance(groups[request.param], str):
+        pytest.skip(groups[request.param])
     return groups[request.param]
 
 
-def gather(target: Target, size: int) -> list[dict]:
-    """Run ``size`` ranks to their end and read what each printed."""
+def gather(target: Target, size: int) -> list[dict] | str:
+    """Run ``size`` ranks to their end and read what each printed. Why they could not meet, as text, where there are fewer
+    devices than ranks and the device will not be shared."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    # Each rank has a device of its own where there are enough of them.
+    devices = len(target.factory().devices())
+    indices = [(target.index + rank) % devices if devices >= size else target.index for rank in range(size)]
     command = [sys.executable, "-m", "quire.conformance.rank", *target.rank_arguments, "--address", address]
-    command += ["--index", str(target.index), "--size", str(size), "--rank"]
+    command += ["--size", str(size)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    own = [["--index", str(index), "--rank", str(rank)] for rank, index in enumerate(indices)]
     processes = [
-        subprocess.Popen([*command, str(r)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for r in range(size)
+        subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        for more in own
     ]
     try:
         outputs = [process.communicate(timeout=120) for process in processes]
@@ -48,7 +55,10 @@ def gather(target: Target, size: int) -> list[dict]:
             process.kill()
     for process, (_, error) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, error[-1500:]
-    return [json.loads(out) for out, _ in outputs]
+    found = [json.loads(out) for out, _ in outputs]
+    refused = [rank["refused"] for rank in found if "refused" in rank]
+    assert not refused or devices < size, "; ".join(refused)
+    return refused[0] if refused else found
 
 
 def test_collective(ranks, collective):

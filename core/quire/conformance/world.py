@@ -18,6 +18,7 @@ from torch import Tensor
 from quire.engine.batch import StepArrays
 from quire.hardware import AttentionBatch, Backend, Capabilities
 from quire.reference import torch_dtype
+from quire.reference.paged import SCALED, from_eight_bits, to_eight_bits
 from quire.spec import AttentionSpec, KVGroupSpec, KVSpec
 
 TOLERANCES = {"float64": 1e-12, "float32": 3e-5, "float16": 3e-3, "bfloat16": 2e-2}
@@ -92,6 +93,7 @@ class Shape:
     layers: int = 1
     dtype: str = "float32"
     kv_dtype: str = "float32"
+    value_dim: int | None = None  # latent: channels of the keys that are also values
 
     def attention(self) -> AttentionSpec:
         return AttentionSpec(
@@ -103,11 +105,15 @@ class Shape:
             window=self.window,
             soft_cap=self.soft_cap,
             sinks=self.sinks,
+            value_dim=self.value_dim,
         )
 
     def kv(self, dtype: str | None = None) -> KVSpec:
         layers = tuple(range(self.layers))
-        group = KVGroupSpec(layers, self.kv_heads, self.head_dim, dtype or self.kv_dtype, self.page_size, self.window)
+        group = KVGroupSpec(
+            layers, self.kv_heads, self.head_dim, dtype or self.kv_dtype, self.page_size, self.window,
+            latent=self.value_dim is not None,
+        )  # fmt: skip
         return KVSpec((group,))
 
 
@@ -118,12 +124,11 @@ def _noise(seed: int, heads: int, dim: int) -> Tensor:
 
 
 def stored(x: Tensor, kv_dtype: str) -> Tensor:
-    """Keys or values [..., D] as a cache of ``kv_dtype`` keeps them. int8: integers with a scale for each token and head,
-    the largest magnitude 127; storing them again gives the same integers."""
-    if kv_dtype != "int8":
-        return x.to(torch_dtype(kv_dtype))
-    largest = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-30)
-    return (x.float() * (torch.full_like(largest, 127) / largest)).round() * (largest / 127)
+    """Keys or values [..., D] as a cache of ``kv_dtype`` keeps them; what is stored again reads the same."""
+    dtype = torch_dtype(kv_dtype)
+    if dtype not in SCALED:
+        return x.to(dtype)
+    return from_eight_bits(*to_eight_bits(x, dtype), torch.float32)
 
 
 def _places(sequences: Iterable[tuple[int, range]]) -> Tensor:
@@ -223,7 +228,8 @@ class Stage:
             return
         for layer in range(self.paper.shape.layers):
             k, v = (self.on(side[layer, tokens]) for side in (self.paper.keys, self.paper.values))
-            self.backend.write_kv(self.kv, layer, k, v, batch)
+            latent = self.paper.shape.value_dim is not None
+            self.backend.write_kv(self.kv, layer, k, None if latent else v, batch)
 
     def attend(self, layer: int = 0) -> Tensor:
         """Store the new tokens and attend from them."""
@@ -252,7 +258,7 @@ def poison(backend: Backend, kv: Any, spec: KVSpec, group: int, pages: Iterable[
     )
     nothing = torch.full((len(slots), layout.kv_heads, layout.head_dim), torch.nan, dtype=dtype, device=backend.device)
     for layer in layout.layers:
-        backend.write_kv(kv, layer, nothing, nothing, arrays.to_device(backend))
+        backend.write_kv(kv, layer, nothing, None if layout.latent else nothing, arrays.to_device(backend))
 
 
 def compare(backend: Backend, rows: Sequence[Row], shape: Shape, seed: int = 0) -> None:

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from quire.config import EngineConfig
 from quire.engine.core import EngineCore
-from quire.engine.memory import MemoryPlan, plan_memory
+from quire.engine.memory import MemoryPlan, capture_bytes, plan_memory
 from quire.errors import ConfigError, UnsupportedOnDevice
-from quire.hardware import Backend, DeviceOptions, KVSpec, MemoryInfo
+from quire.hardware import Backend, DeviceOptions, MemoryInfo
 from quire.models.config import read_config
 from quire.models.family import find_family
 from quire.plugins import Registry, load, native
 from quire.quantization import FORMATS, HEAD
 from quire.scheduler.scheduler import Scheduler
-from quire.spec import ModelSpec, kv_spec
+from quire.spec import KVSpec, ModelSpec, kv_spec
 from quire.weights.checkpoint import weight_bytes
 from quire.weights.resolve import resolve_model
 
 if TYPE_CHECKING:
+    from quire.layers.decoder import Decoder
     from quire.sampling.grammar import GrammarCompiler
     from quire.text.tokenizer import Tokenizer
 
@@ -61,9 +62,11 @@ class Survey:
     page_bytes: tuple[int, ...]
     memory: MemoryInfo
 
-    def plan(self, config: EngineConfig) -> MemoryPlan:
-        """How ``config`` divides the memory. Raises DoesNotFit."""
-        plan = plan_memory(config, self.spec, self.kv, self.page_bytes, self.weights, self.dtype, self.memory)
+    def plan(self, config: EngineConfig, measured: int | None = None, longest: int | None = None) -> MemoryPlan:
+        """How ``config`` divides the memory; the others as in ``plan_memory``. Raises DoesNotFit."""
+        plan = plan_memory(
+            config, self.spec, self.kv, self.page_bytes, self.weights, self.dtype, self.memory, measured, longest
+        )
         return replace(plan, device=self.device)
 
 
@@ -96,8 +99,6 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     found = survey(config, registry or load(config.plugins))
     spec, backend, dtype, kv, maps = found.spec, found.backend, found.dtype, found.kv, found.maps
     memory = found.plan(config)
-    scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
-    cache_config = replace(config.cache, num_pages=memory.pages, num_host_pages=memory.host_pages)
     from quire.engine.runner import Runner
     from quire.layers.decoder import Decoder
     from quire.weights.load import load_weights
@@ -106,9 +107,13 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
         found.folder, maps, spec, backend, dtype, memory.max_model_len, config.load_format, config.seed,
         quantization=config.quantization,
     )  # fmt: skip
+    model = Decoder(spec, weights, backend)
+    memory = _measured(found, memory, model, config)
+    scheduler_config = replace(config.scheduler, max_model_len=memory.max_model_len)
+    cache_config = replace(config.cache, num_pages=memory.pages, num_host_pages=memory.host_pages)
     compiler = _grammar_compiler(config, spec)
     runner = Runner(
-        backend, Decoder(spec, weights, backend), kv, memory.pages, memory.host_pages, scheduler_config.max_num_seqs,
+        backend, model, kv, memory.pages, memory.host_pages, scheduler_config.max_num_seqs,
         memory.max_model_len, capture=not config.enforce_eager, compiler=compiler,
     )  # fmt: skip
     scheduler = Scheduler(scheduler_config, cache_config, kv)
@@ -116,6 +121,20 @@ def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engi
     runner.launched = core.launched
     resolved = replace(config, scheduler=scheduler_config, cache=cache_config)
     return Engine(core, resolved, spec, memory, backend, found.device, dtype, compiler)
+
+
+def _measured(found: Survey, memory: MemoryPlan, model: Decoder, config: EngineConfig) -> MemoryPlan:
+    """The plan made again with what one step was seen to take; the same one where the device cannot tell."""
+    from quire.engine.graphs import LARGEST_BUCKET, bucket_sizes
+    from quire.engine.measure import measure_step
+
+    taken = measure_step(found.backend, model, found.kv, config.scheduler, memory.max_model_len)
+    if taken is None:
+        return memory
+    if found.backend.capabilities.graphs and not config.enforce_eager:
+        sizes = bucket_sizes(min(config.scheduler.max_num_seqs, LARGEST_BUCKET))
+        taken += capture_bytes(found.spec, found.dtype, sizes)
+    return found.plan(config, measured=taken, longest=memory.max_model_len)
 
 
 def _grammar_compiler(config: EngineConfig, spec: ModelSpec) -> GrammarCompiler | None:
@@ -141,7 +160,12 @@ def _open(backend: Backend, config: EngineConfig) -> str:
     missing = [name for name, own in native(backend).items() if not own]
     if missing:
         logger.info("%s computes these by the reference: %s", backend.name, ", ".join(missing))
-    options = DeviceOptions(threads=config.threads, isa=config.isa, batch_invariant=config.batch_invariant)
+    options = DeviceOptions(
+        threads=config.threads,
+        isa=config.isa,
+        batch_invariant=config.batch_invariant,
+        attention_backend=config.attention_backend,
+    )
     backend.open(config.device_index, options)
     if config.batch_invariant and not backend.capabilities.batch_invariant:
         raise UnsupportedOnDevice(
@@ -150,6 +174,8 @@ def _open(backend: Backend, config: EngineConfig) -> str:
             "its kernels' bits depend on the batch",
             ["another device", "leave the flag out"],
         )
+    for note in backend.notes():
+        logger.info("%s: %s", backend.name, note)
     found = devices[config.device_index]
     label = backend.name if len(devices) == 1 else f"{backend.name}:{config.device_index}"
     return f"{label} ({found.name}{', ' + found.details if found.details else ''})"
@@ -193,7 +219,11 @@ def _check_cache(backend: Backend, block_size: int, kv_dtype: str, spec: ModelSp
         raise UnsupportedOnDevice(backend.name, f"--kv-cache-dtype {kv_dtype}", "not a KV cache dtype here", kinds)
     low, high = able.head_sizes
     for layer in spec.layers:
-        if not low <= layer.attention.head_dim <= high:
-            raise UnsupportedOnDevice(
-                backend.name, f"head size {layer.attention.head_dim}", f"its kernels take {low} to {high}"
-            )
+        key, value = layer.attention.head_dim, layer.attention.value_dim
+        if value is not None:
+            if (key, value) not in able.latent_sizes:
+                known = ", ".join(f"{k} and {v}" for k, v in sorted(able.latent_sizes)) or "none"
+                operation = f"latent attention of {key} and {value} channels"
+                raise UnsupportedOnDevice(backend.name, operation, f"its kernels take {known}", ["another device"])
+        elif not low <= key <= high:
+            raise UnsupportedOnDevice(backend.name, f"head size {key}", f"its kernels take {low} to {high}")

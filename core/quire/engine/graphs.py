@@ -24,6 +24,7 @@ from quire.layers.decoder import Decoder
 from quire.spec import KVSpec
 
 ALIGNMENT = 64  # bytes
+LARGEST_BUCKET = 512  # sequences; a larger step computes long enough to hide its launches
 
 
 class Block:
@@ -119,7 +120,7 @@ class DecodeGraphs:
     ) -> None:
         self.backend, self.model, self.kv, self.spec = backend, model, kv, spec
         self.max_model_len = max_model_len
-        self.sizes = bucket_sizes(min(max_num_seqs, 512))
+        self.sizes = bucket_sizes(min(max_num_seqs, LARGEST_BUCKET))
         self.buckets: dict[int, Bucket] = {}
         self.refused = False  # the device answered None: never ask again
 

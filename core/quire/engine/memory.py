@@ -1,6 +1,7 @@
 """Memory by arithmetic, before anything is loaded: weights, working memory, pages, and the requests that fit.
 
-Nothing is profiled: a profile costs seconds and depends on the moment, arithmetic can be shown and checked.
+Nothing is profiled: a profile costs seconds and depends on the moment, arithmetic can be shown and checked. Where the
+device can tell what one step of the largest size took (``measure.py``), that number replaces the estimate.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class MemoryPlan:
     max_model_len: int
     model_positions: int
     requests: float  # of full length that fit together
+    measured: bool = False  # ``working`` was measured, not estimated
 
     def report(self) -> str:
         """The arithmetic as a few lines of text."""
@@ -44,11 +46,12 @@ class MemoryPlan:
             if self.max_model_len < self.model_positions
             else ""
         )
+        working = f"working memory {size(self.working)}{' (measured)' if self.measured else ''}"
         return "\n".join(
             [
                 f"memory on {self.device}: {size(self.memory.free)} free of {size(self.memory.total)}; "
                 f"budget {size(self.budget)} ({self.budget_reason})",
-                f"  weights {size(self.weights)} + working memory {size(self.working)} + KV cache {size(self.kv)}",
+                f"  weights {size(self.weights)} + {working} + KV cache {size(self.kv)}",
                 f"  KV cache: {tokens} tokens in pages of {self.page_size} ({size(sum(self.page_bytes))} each)",
                 f"  requests of the full {self.max_model_len:,} tokens that fit together: {self.requests:.1f}{shortened}",
             ]
@@ -78,6 +81,12 @@ def working_bytes(spec: ModelSpec, dtype: str, tokens: int, sequences: int) -> i
     return tokens * width * DTYPE_BYTES[dtype] + sequences * spec.vocab_size * 16
 
 
+def capture_bytes(spec: ModelSpec, dtype: str, sizes: Sequence[int]) -> int:
+    """What captured decode steps of ``sizes`` sequences hold for as long as they live: each its logits, and all of them
+    one pool of activations, that of the largest. A step that is measured does not show it: steps are captured later."""
+    return working_bytes(spec, dtype, max(sizes), 0) + sum(sizes) * spec.vocab_size * 4
+
+
 def request_pages(kv: KVSpec, length: int, chunk: int) -> tuple[int, ...]:
     """Pages per group that one request of ``length`` tokens holds at most; a window keeps only what it covers."""
     return tuple(
@@ -95,12 +104,17 @@ def plan_memory(
     weights: int,
     dtype: str,
     memory: MemoryInfo,
+    measured: int | None = None,
+    longest: int | None = None,
 ) -> MemoryPlan:
-    """Divide the device's memory. Raises DoesNotFit with the arithmetic and the flags that would make it fit."""
+    """Divide the device's memory. ``measured``: working memory that a step was seen to take, instead of the estimate;
+    ``longest``: a limit on the length when none was asked for. Raises DoesNotFit with the arithmetic and the flags that
+    would make it fit."""
     cache, scheduler = config.cache, config.scheduler
     working = working_bytes(spec, dtype, scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+    working = working if measured is None else measured
     budget, reason = budget_of(cache, memory)
-    length = scheduler.max_model_len or spec.max_positions
+    length = scheduler.max_model_len or min(spec.max_positions, longest or spec.max_positions)
     page_size = kv.groups[0].page_size
     chunk = scheduler.max_num_batched_tokens
     available = cache.kv_cache_memory_bytes if cache.kv_cache_memory_bytes is not None else budget - weights - working
@@ -112,6 +126,7 @@ def plan_memory(
         device=config.device, memory=memory, budget=budget, budget_reason=reason, weights=weights, working=working,
         kv=max(available, 0), page_bytes=tuple(page_bytes), pages=(), host_pages=(), page_size=page_size,
         max_model_len=length, model_positions=spec.max_positions, requests=0.0,
+        measured=measured is not None,
     )  # fmt: skip
     if weights + working > memory.free or available < bytes_for(min(length, page_size)):
         raise DoesNotFit(_refusal(plan, bytes_for(length), "the model"))

@@ -38,6 +38,8 @@ class RequestState:
         self.metrics = RequestMetrics(arrival_time=message.arrival)
         self.stopped: list[int] = []
         self.samples = [_Sample(self._detokenizer()) for _ in range(params.n)]
+        self._open = len(self.samples)
+        self._stop_ids = frozenset(params.stop_token_ids or ())
 
     def _detokenizer(self) -> Detokenizer | None:
         if self.tokenizer is None or not self.message.sampling.detokenize:
@@ -48,22 +50,22 @@ class RequestState:
 
     @property
     def finished(self) -> bool:
-        return all(sample.finished for sample in self.samples)
+        return not self._open
 
     def update(self, output: SampleOutput) -> RequestOutput | None:
         """The news of one output, or None when there is none for the caller."""
         sample = self.samples[output.index]
         if sample.finished:
             return None
-        now = time.monotonic()
-        if output.token_ids and self.metrics.first_token_time is None:
-            self.metrics.first_token_time = now
-        self.metrics.last_token_time = now
-        if output.scheduled is not None and self.metrics.first_scheduled_time is None:
-            self.metrics.first_scheduled_time = output.scheduled
+        metrics = self.metrics
+        now = metrics.last_token_time = time.monotonic()
+        if metrics.first_token_time is None and output.token_ids:
+            metrics.first_token_time = now
+        if metrics.first_scheduled_time is None:
+            metrics.first_scheduled_time = output.scheduled
         reason = output.finish_reason
         stop_reason: int | str | None = None  # an end-of-sequence token is no reason to report, as in vLLM
-        if output.stop_token_id in (self.message.sampling.stop_token_ids or ()):
+        if output.stop_token_id in self._stop_ids:
             stop_reason = output.stop_token_id
         token_ids, logprobs, text = output.token_ids, output.logprobs, ""
         if sample.detokenizer is not None:
@@ -76,9 +78,11 @@ class RequestState:
                     self.stopped.append(output.index)
                 reason, stop_reason = "stop", step.stop
         sample.tokens += len(token_ids)
-        sample.finished = reason is not None
-        if self.finished:
-            self.metrics.finished_time = now
+        if reason is not None:
+            sample.finished = True
+            self._open -= 1
+            if not self._open:
+                metrics.finished_time = now
         named = self._named(logprobs)
         if logprobs:
             sample.cumulative += sum(entry.logprobs[0] for entry in logprobs)
@@ -96,10 +100,10 @@ class RequestState:
             prompt=self.prompt,
             prompt_token_ids=self.message.prompt_token_ids,
             outputs=[completion],
-            finished=self.finished,
+            finished=not self._open,
             prompt_logprobs=self._named(output.prompt_logprobs),
             num_cached_tokens=output.num_cached_tokens,
-            metrics=self.metrics,
+            metrics=metrics,
             error=output.error,
         )
 

@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def copied(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of a host array on the device."""
+    return torch.from_numpy(array).to(device, copy=True)
+
 
 class DoneEvent:
     """An event of a device without a queue: what precedes it is already done."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def pack_weight(raw: Mapping[str, Tensor], format: str, backend: Backend) -> Tensor:
+def pack_weight(raw: Mapping[str, Tensor], format: str, backend: Backend) -> Tensor | quantize.InputsRounded:
     """``dense``: raw["weight"] [out, in], or [experts, out, in] for :func:`moe`, contiguous on the device. One of
     ``quantize.FORMATS``: what is left of it after rounding, in its own dtype, which shows the error and saves nothing.
 
@@ -56,11 +56,15 @@ def pack_weight(raw: Mapping[str, Tensor], format: str, backend: Backend) -> Ten
     if format not in quantize.FORMATS:
         known = ("dense", *quantize.FORMATS)
         raise UnsupportedOnDevice(backend.name, "pack_weight", f"the weight format '{format}' is unknown", known)
-    return quantize.rounded(weight, quantize.FORMATS[format])
+    chosen = quantize.FORMATS[format]
+    rounded = quantize.rounded(weight, chosen)
+    return quantize.InputsRounded(rounded, chosen.type) if chosen.inputs else rounded
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor | quantize.InputsRounded, bias: Tensor | None = None) -> Tensor:
     """x [T, in] @ weight [out, in].T + bias [out] -> [T, out] in x's dtype; torch accumulates in float32 or better."""
+    if isinstance(weight, quantize.InputsRounded):
+        x, weight = quantize.rounded_rows(x, weight.type), weight.weight
     return F.linear(x, weight, bias)
 
 
@@ -132,7 +136,27 @@ def gated_act(x: Tensor, activation: str) -> Tensor:
     return (_ACTIVATIONS[activation](gate) * up).to(x.dtype)
 
 
-def moe(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+def route(
+    logits: Tensor, chosen: int, score: str, normalize: bool = True, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(gates float32 [T, chosen], experts int64 [T, chosen]) of logits [T, E], for :func:`moe`.
+
+    A token's experts are those with the largest score, largest first and of equals the first; ``score``: softmax, or
+    sigmoid as in DeepSeek-V3 (https://arxiv.org/abs/2412.19437), whose bias [E] counts in the choice alone. A gate is
+    the score, divided by the sum of the chosen ones if ``normalize``.
+    """
+    wide = logits.to(accumulation_dtype(logits.dtype))
+    scores = {"softmax": lambda: wide.softmax(-1), "sigmoid": lambda: 1 / (1 + (-wide).exp())}
+    if score not in scores:
+        raise ValueError(f"score '{score}' is unknown (known: {', '.join(scores)})")
+    of_each = scores[score]()
+    wanted = of_each if bias is None else of_each + bias
+    experts = wanted.sort(dim=-1, descending=True, stable=True).indices[:, :chosen]
+    gates = of_each.gather(1, experts)
+    return (gates / gates.sum(-1, keepdim=True) if normalize else gates), experts
+
+
+def moe(x: Tensor, gates: Tensor, experts: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
     """Sum over j of gates[:, j] * mlp[experts[:, j]](x) -> [T, hidden], added up in float32 in order of the expert.
 
     x [T, hidden], gates float [T, k], experts int64 [T, k], gate_up [E, 2 I, hidden], down [E, hidden, I].

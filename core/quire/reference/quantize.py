@@ -1,9 +1,13 @@
 """What the formats of :mod:`quire.quantization` mean: how a weight is rounded to integers, in plain PyTorch.
 
-A device may round the other side of a product too (its input, to 8 bits with a scale for each row and group).
+Where the format says so, a product's input is rounded too (:class:`InputsRounded`). In other formats a device may do that,
+to 8 bits with a scale for each row and group.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from quire.quantization import FORMATS, QuantFormat
 
-__all__ = ["FORMATS", "dequantize", "quantize", "rounded"]
+__all__ = ["FORMATS", "InputsRounded", "dequantize", "quantize", "quantize_rows", "rounded", "rounded_rows"]
 
 
 def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -47,8 +51,43 @@ def dequantize(q: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
     return (q.to(scales.dtype) - (1 << (bits - 1))) * columns
 
 
+LARGEST = {"int": 127.0, "e4m3": 448.0}
+"""What the largest magnitude of a row becomes."""
+
+
+def quantize_rows(x: Tensor, type: Literal["int", "e4m3"]) -> tuple[Tensor, Tensor]:
+    """(q int8 or float8_e4m3fn [n, k], scales float32 [n]) with x [n, k] ~ q * scales, ties to even.
+
+    Every step is float32 and rounds once, so that a device can give the same bits.
+    """
+    wide = x.float()
+    scales = wide.abs().amax(dim=1).clamp_min(1e-30) / LARGEST[type] if x.shape[1] else wide.new_ones(len(x))
+    q = wide / scales[:, None]
+    return (q.round_().to(torch.int8) if type == "int" else q.to(torch.float8_e4m3fn)), scales
+
+
+def rounded_rows(x: Tensor, type: Literal["int", "e4m3"]) -> Tensor:
+    """x [n, k] as it is after :func:`quantize_rows`, in its own dtype (exactly, in float64)."""
+    q, scales = quantize_rows(x, type)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (q.float().to(wide) * scales.to(wide)[:, None]).to(x.dtype)
+
+
+@dataclass
+class InputsRounded:
+    """A weight [..., out, in] after rounding, whose product rounds each row of its input to ``type`` first."""
+
+    weight: Tensor
+    type: Literal["int", "e4m3"]
+
+    def __getitem__(self, expert: int) -> InputsRounded:
+        return InputsRounded(self.weight[expert], self.type)
+
+
 def rounded(weight: Tensor, format: QuantFormat) -> Tensor:
     """weight [..., out, in] as it is after rounding, in its own dtype (exactly, in float64)."""
+    if format.inputs:
+        return rounded_rows(weight.flatten(0, -2), format.type).view_as(weight)
     q, scales = quantize(weight.flatten(0, -2), format.bits, format.group)
     wide = scales.double() if weight.dtype == torch.float64 else scales
     return dequantize(q, wide, format.bits, format.group).to(weight.dtype).view_as(weight)

@@ -30,6 +30,8 @@ from quire.spec import (
 from quire.weights.checkpoint import Checkpoint, weight_bytes
 
 Read = Callable[[WeightMap], Tensor]
+DUMMY_BLOCK = 1_048_573
+"""Random numbers that are drawn for one dummy weight; a larger one repeats them. A prime, so that rows differ."""
 
 
 def load_weights(
@@ -46,8 +48,8 @@ def load_weights(
 ) -> ModelWeights:
     """Read ``weights`` (a family's map) from ``folder`` into ``dtype`` and pack them on the backend's device.
 
-    ``load_format`` ``dummy`` draws small random weights from ``seed`` instead and needs no folder; ``auto`` and
-    ``safetensors`` read files. ``progress``: show a bar; None: when standard error is a terminal. ``quantization``: a
+    ``load_format`` ``dummy`` makes small random weights from ``seed`` on the device instead and needs no folder; ``auto``
+    and ``safetensors`` read files. ``progress``: show a bar; None: when standard error is a terminal. ``quantization``: a
     name of ``quire.quantization.FORMATS`` that matrices are rounded to. At any time there is at most one weight more in
     memory than the device keeps. A tied table is held once where the device looks rows up in what it packed, which is
     the rounded table with ``quantization``. Raises ModelError, naming the tensor.
@@ -57,7 +59,7 @@ def load_weights(
     torch_type = torch_dtype(dtype)
     with contextlib.ExitStack() as stack:
         if load_format == "dummy":
-            read: Read = lambda weight: dummy_tensor(weight, torch_type, seed)  # noqa: E731
+            read: Read = lambda weight: dummy_tensor(weight, torch_type, seed, backend.device)  # noqa: E731
         elif folder is None:
             raise ModelError(f"load_format = {load_format!r} needs a folder")
         else:
@@ -111,12 +113,18 @@ def _stored_tensor(checkpoint: Checkpoint, weight: WeightMap, dtype: torch.dtype
     return joined
 
 
-def dummy_tensor(weight: WeightMap, dtype: torch.dtype, seed: int) -> Tensor:
-    """A random weight, a function of (seed, name) alone: norms near one, matrices uniform with deviation 0.02."""
+def dummy_tensor(weight: WeightMap, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """A random weight, a function of (seed, name) alone on every device: norms near one, matrices uniform with deviation
+    0.02. At most ``DUMMY_BLOCK`` numbers are drawn, on the host; the device repeats them, so that billions take a moment."""
     digest = hashlib.blake2b(f"{seed}/{weight.parts[0].name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     spread = 0.02 * 3**0.5
-    tensor = torch.empty(weight.shape, dtype=dtype).uniform_(-spread, spread, generator=generator)
+    tensor = torch.empty(weight.shape, dtype=dtype, device=device)
+    flat = tensor.view(-1)
+    drawn = torch.empty(min(len(flat), DUMMY_BLOCK), dtype=dtype).uniform_(-spread, spread, generator=generator)
+    block = drawn.to(device)
+    for start in range(0, len(flat), DUMMY_BLOCK):
+        flat[start : start + DUMMY_BLOCK] = block[: len(flat) - start]
     return tensor + 1 if weight.kind == "norm" else tensor
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.hardware import AttentionBatch, AttentionSpec, KVGroupSpec, KVSpec
+from quire.hardware import AttentionBatch, AttentionSpec, KVGroupSpec, KVSpec, UnsupportedOnDevice
 
 KV_TILE = 64  # positions
 ROWS = 8  # a matrix's rows are a multiple of this
@@ -52,6 +52,8 @@ def allocate_kv(spec: KVSpec, pages: Sequence[int]) -> PagedKV:
 
 
 def _pool(group: KVGroupSpec, pages: int) -> Tensor:
+    if group.latent:
+        raise UnsupportedOnDevice("cpu-torch", "latent attention", "keys and values are stored apart here")
     shape = (len(group.layers), 2, group.kv_heads, pages, group.page_size, group.head_dim)
     return torch.empty(shape, dtype=getattr(torch, group.dtype))
 

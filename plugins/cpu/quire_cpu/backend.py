@@ -44,6 +44,7 @@ class CpuBackend(Backend):
         ),
         batch_invariant=True,
         embed_formats=frozenset(),  # products have layouts of their own
+        attention_backends=frozenset({"CPU_ATTN"}),
     )
 
     def __init__(self) -> None:

@@ -166,8 +166,7 @@ def pack_integers(q: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, gr
 
     ``zeros`` None: 2**(bits - 1) everywhere. The last group of a row may be short. Nothing is lost.
     """
-    if bits not in (4, 8) or group not in (32, 64, 128):
-        raise ValueError(f"bits and group are {bits} and {group}, but can be 4 or 8 and 32, 64 or 128")
+    _check_format(bits, group)
     n, k = q.shape
     shape = (n, -(-k // group))
     for name, tensor, dtype, wanted in (
@@ -185,9 +184,15 @@ def pack_integers(q: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, gr
     return QuantizedLinear(n, k, bits, group, native_shape, buffer)
 
 
+def _check_format(bits: int, group: int) -> None:
+    if bits not in (4, 8) or group not in (32, 64, 128):
+        raise ValueError(f"bits and group are {bits} and {group}, but can be 4 or 8 and 32, 64 or 128")
+
+
 def pack_quantized(weight: Tensor, bits: int, group: int) -> QuantizedLinear:
     """weight [n, k] rounded as the contract's ``reference.quantize`` says, and packed; group by group, so that no memory
     is needed beside the result."""
+    _check_format(bits, group)
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [out, in]")
     n, k = weight.shape

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire.hardware import AttentionBatch, AttentionSpec, AttentionWeights, KVGroupSpec, KVSpec
+from quire.hardware import AttentionBatch, AttentionSpec, AttentionWeights, KVGroupSpec, KVSpec, UnsupportedOnDevice
 from quire_cpu import _native
 from quire_cpu.native import NOTHING, as_tensor, check_rows, empty, rows_of
 
@@ -46,6 +46,8 @@ class PagedKV:
 def _layout(group: KVGroupSpec, pages: int) -> _native.KVLayout:
     if group.page_size < KEY_BLOCK or group.page_size % KEY_BLOCK:
         raise ValueError(f"page_size is {group.page_size}, but native pages hold a multiple of {KEY_BLOCK} tokens")
+    if group.latent:
+        raise UnsupportedOnDevice("cpu", "latent attention", "the native kernels store keys and values apart")
     if not 1 <= group.head_dim <= 256:
         raise ValueError(f"head_dim is {group.head_dim}, but the native kernels take at most 256")
     if group.dtype not in KV_DTYPES:

@@ -32,7 +32,7 @@ from quire_cpu.backend import CpuBackend
 from quire_cpu.native_capture import capture
 from quire_cpu.placement import huge_pages, place
 
-FORMATS = reference.quantize.FORMATS
+FORMATS = {name: format for name, format in reference.quantize.FORMATS.items() if not format.inputs}
 
 
 class NativeCpuBackend(CpuBackend):

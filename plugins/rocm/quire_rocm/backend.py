@@ -1,4 +1,8 @@
-"""The ROCm backend: torch's HIP build (whose names are torch.cuda's), Triton kernels, hipBLASLt for products."""
+"""The ROCm backend: torch's HIP build (whose names are torch.cuda's), Triton kernels, hipBLASLt for products, RCCL.
+
+What differs between AMD's architectures (64 lanes or 32, which fp8, which matrix instructions) is
+``quire_triton.architectures``; the open backend has its row as ``architecture``.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from typing import Any
 import torch
 
 from quire.hardware import Capabilities, DeviceUnavailable
+from quire_triton.backend import KV_DTYPES, LATENT_SIZES
+from quire_triton.choice import TRITON
 from quire_triton.gpu import GpuBackend
 
 
@@ -15,24 +21,29 @@ class RocmBackend(GpuBackend):
 
     name = "rocm"
     kind = "cuda"
+    build = "hip"
+    look = "rocminfo"
     products = "hipBLASLt"
+    collectives = "RCCL"
     capabilities = Capabilities(
         contract_version=(1, 0),
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
-        kv_dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        kv_dtypes=KV_DTYPES,
+        latent_sizes=LATENT_SIZES,
         page_sizes=frozenset({16, 32, 64, 128, 256}),
+        attention_backends=frozenset({TRITON}),
+        quantization=frozenset({"int8", "int4", "int4-64", "int4-128", "w8a8", "fp8"}),  # those the architecture has
         graphs=True,
         priority=10,
     )
 
-    def require(self) -> None:
-        if torch.version.hip is None:
+    def _require_code(self, properties: Any) -> None:
+        """AMD's code runs on the architecture it was made for and on no other."""
+        name, binaries = properties.gcnArchName.partition(":")[0], torch.cuda.get_arch_list()
+        if name not in {binary.partition(":")[0] for binary in binaries}:
             raise DeviceUnavailable(
-                f"this torch ({torch.__version__}) is built without ROCm: install one with it, see https://pytorch.org"
-            )
-        if not torch.cuda.is_available():
-            raise DeviceUnavailable(
-                f"torch is built for ROCm {torch.version.hip}, but finds no usable GPU: check `rocminfo` and the driver"
+                f"torch {torch.__version__} (ROCm {torch.version.hip}) holds no code for {properties.name} ({name}; it has "
+                f"{', '.join(binaries) or 'none'}): install a torch that does, see https://pytorch.org"
             )
 
     def details(self, properties: Any) -> str:

@@ -78,74 +78,100 @@ class Plan:
 def attention(
     q: Tensor,
     pool: Tensor,
+    scales: Tensor | None,
     group: int,
     plan: Plan,
     spec: AttentionSpec,
     sinks: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """Causal attention of q [T, Hq, D] over one layer's pool [2, pages, page_size, Hkv, D] -> [T, Hq, D] in q's dtype.
+    """Causal attention of q [T, Hq, D] over one layer's pool [sides, pages, page_size, Hkv, D] -> [T, Hq, D or
+    value_dim] in q's dtype.
 
-    ``group`` is the KV group whose block table the layer reads. See ``quire.reference.paged.attention``.
+    ``scales`` float32 [sides, pages, Hkv, page_size] of a pool in 8 bits. ``group`` is the KV group whose block table the
+    layer reads. See ``quire.reference.paged.attention``.
     """
     batch, q = plan.batch, q.contiguous()
     ratio = spec.heads // spec.kv_heads
     arch = configs.architecture(q.device)
-    sizes = (arch, q.element_size(), spec.head_dim)
-    few, many = configs.attention(*sizes, True, ratio), configs.attention(*sizes, False, ratio)
+    if spec.value_dim is None:
+        sizes = (arch, q.element_size(), spec.head_dim)
+        few, many = configs.attention(*sizes, True, ratio), configs.attention(*sizes, False, ratio)
+    else:
+        few, many = (configs.latent(arch, q.element_size(), decode, ratio) for decode in (True, False))
     # Tokens that belong to no sequence get zeros, and no tile holds them.
-    whole = int(batch.query_start_host[-1]) == len(q)
-    out = torch.empty_like(q) if whole else torch.zeros_like(q)
+    shape = (*q.shape[:2], spec.value_dim or spec.head_dim)
+    out = q.new_empty(shape) if int(batch.query_start_host[-1]) == len(q) else q.new_zeros(shape)
+    launch = _Launch(q, pool, scales, group, batch, spec, sinks, out, batch_invariant)
     if plan.decode:
-        _launch(few, 1, None, len(batch.context_lens), True, q, pool, group, batch, spec, sinks, out, batch_invariant)
+        launch(few, 1, None, len(batch.context_lens), True)
         return out
-    short, long = few.rows // ratio, many.rows // ratio
+    short, long = max(1, few.rows // ratio), max(1, many.rows // ratio)
     short_tiles, long_tiles = plan.lists(short, long)
     for tile, queries, tiles, cut in ((many, long, long_tiles, False), (few, short, short_tiles, True)):
         if tiles is not None:
-            count = len(tiles)
-            _launch(tile, queries, tiles, count, cut, q, pool, group, batch, spec, sinks, out, batch_invariant)
+            launch(tile, queries, tiles, len(tiles), cut)
     return out
 
 
-def _launch(
-    tile: configs.Tile, queries: int, tiles: Tensor | None, count: int, cut: bool, q: Tensor, pool: Tensor, group: int,
-    batch: AttentionBatch, spec: AttentionSpec, sinks: Tensor | None, out: Tensor, batch_invariant: bool,
-) -> None:  # fmt: skip
-    """Launch ``count`` tiles of ``queries`` queries; ``cut``: along the keys too, where that helps."""
-    table = batch.block_tables[group]
-    kv_heads, head_dim, ratio = spec.kv_heads, spec.head_dim, spec.heads // spec.kv_heads
-    splits, split_len = 1, 0
-    if cut and batch_invariant:
-        # The boundaries are what must not depend on the batch; parts past a sequence's end do nothing.
-        split_len = configs.INVARIANT_SPLIT
-        splits = max(1, -(-batch.max_context_len // split_len))
-    elif cut:
-        splits = configs.splits(configs.processors(q.device), count * kv_heads)
-        splits = min(splits, max(1, batch.max_context_len // configs.SHORTEST_SPLIT))
-    split = splits > 1 or split_len > 0
-    rows = queries * ratio
-    part = stats = out
-    if split:
-        part = torch.empty((count, kv_heads, rows, splits, head_dim), dtype=torch.float32, device=q.device)
-        stats = torch.empty((count, kv_heads, rows, splits, 2), dtype=torch.float32, device=q.device)
-    if spec.soft_cap is None:
-        factor, cap_in = spec.scale * LOG2_E, 0.0
-    else:
-        factor, cap_in = spec.soft_cap * LOG2_E, 2 * LOG2_E * spec.scale / spec.soft_cap
-    shared: dict[str, Any] = dict(
-        HQ=spec.heads, GROUP=ratio, D=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_Q=queries,
-        SINKS=sinks is not None, TILES=tiles is not None,
-    )  # fmt: skip
-    pointers = (batch.query_start, out if tiles is None else tiles, out if sinks is None else sinks)
-    attention_kernel[(count, kv_heads, splits)](
-        q, pool[0], pool[1], out, part, stats, table, pointers[0], batch.context_lens, *pointers[1:], factor, cap_in,
-        spec.window or 0, splits, split_len, configs.SHORTEST_SPLIT, table.stride(0), pool.stride(1), pool.stride(2),
-        BLOCK_M=tile.rows, BLOCK_N=tile.keys, PAGE=pool.shape[2], WINDOW=spec.window is not None,
-        CAP=spec.soft_cap is not None, SPLIT=split, DOT=factors(q),
-        num_warps=tile.warps, num_stages=tile.stages, **shared,
-    )  # fmt: skip
-    if split:
-        attention_merge_kernel[(count, kv_heads, rows)](
-            part, stats, out, *pointers, splits, num_warps=1 if head_dim <= 64 else 2, **shared
-        )
+@dataclass(frozen=True)
+class _Launch:
+    """What the launches of one layer's attention share; see :func:`attention`."""
+
+    q: Tensor
+    pool: Tensor
+    scales: Tensor | None
+    group: int
+    batch: AttentionBatch
+    spec: AttentionSpec
+    sinks: Tensor | None
+    out: Tensor
+    batch_invariant: bool
+
+    def __call__(self, tile: configs.Tile, queries: int, tiles: Tensor | None, count: int, cut: bool) -> None:
+        """Launch ``count`` tiles of ``queries`` queries; ``cut``: along the keys too, where that helps."""
+        q, pool, scales, batch, spec, out = self.q, self.pool, self.scales, self.batch, self.spec, self.out
+        table = batch.block_tables[self.group]
+        kv_heads, ratio, value_dim = spec.kv_heads, spec.heads // spec.kv_heads, spec.value_dim or spec.head_dim
+        rows, rest = queries * ratio, spec.head_dim - value_dim
+        axis = -(-rows // tile.rows) if rest else kv_heads  # the grid's second: see attention_kernel
+        splits, split_len = self._parts(count * axis) if cut else (1, 0)
+        split = splits > 1 or split_len > 0
+        part = stats = out
+        if split:
+            part = torch.empty((count, kv_heads, rows, splits, value_dim), dtype=torch.float32, device=q.device)
+            stats = torch.empty((count, kv_heads, rows, splits, 2), dtype=torch.float32, device=q.device)
+        eight_bits = 0 if scales is None else 1 if pool.dtype == torch.int8 else 2
+        if scales is None:
+            scales = pool
+        else:
+            pool = pool.view(torch.int8)  # so that no architecture need know the type
+        if spec.soft_cap is None:
+            factor, cap_in = spec.scale * LOG2_E, 0.0
+        else:
+            factor, cap_in = spec.soft_cap * LOG2_E, 2 * LOG2_E * spec.scale / spec.soft_cap
+        shared: dict[str, Any] = dict(
+            HQ=spec.heads, GROUP=ratio, D=value_dim, BLOCK_D=power_of_two(value_dim), BLOCK_Q=queries,
+            SINKS=self.sinks is not None, TILES=tiles is not None,
+        )  # fmt: skip
+        pointers = (out if tiles is None else tiles, out if self.sinks is None else self.sinks)
+        attention_kernel[(count, axis, splits)](
+            q, pool[0], pool[-1], scales[0], scales[-1], out, part, stats, table, batch.query_start, batch.context_lens,
+            *pointers, factor, cap_in, spec.window or 0, splits, split_len, configs.SHORTEST_SPLIT, table.stride(0),
+            pool.stride(1), pool.stride(2), REST=rest, BLOCK_R=power_of_two(rest) if rest else 0, BLOCK_M=tile.rows,
+            BLOCK_N=tile.keys, PAGE=pool.shape[2], WINDOW=spec.window is not None, CAP=spec.soft_cap is not None,
+            EIGHT_BITS=eight_bits, SPLIT=split, DOT=factors(q), num_warps=tile.warps, num_stages=tile.stages, **shared,
+        )  # fmt: skip
+        if split:
+            attention_merge_kernel[(count, kv_heads, rows)](
+                part, stats, out, batch.query_start, *pointers, splits, num_warps=1 if value_dim <= 64 else 2, **shared
+            )
+
+    def _parts(self, programs: int) -> tuple[int, int]:
+        """(parts of each sequence's keys, keys of one or 0: an even division), for ``programs`` without parts."""
+        longest = self.batch.max_context_len
+        if self.batch_invariant:
+            # The boundaries are what must not depend on the batch; parts past a sequence's end do nothing.
+            return max(1, -(-longest // configs.INVARIANT_SPLIT)), configs.INVARIANT_SPLIT
+        splits = configs.splits(configs.processors(self.q.device), programs)
+        return min(splits, max(1, longest // configs.SHORTEST_SPLIT)), 0

@@ -6,8 +6,9 @@ compute instead, and one line in the log says why.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,50 @@ import torch
 from torch import Tensor
 
 import quire_triton
-from quire.hardware import AttentionBatch, AttentionSpec, Backend, DeviceOptions, KVSpec, NormSpec
+from quire.hardware import (
+    AttentionBatch,
+    AttentionSpec,
+    Backend,
+    DeviceOptions,
+    KVSpec,
+    MlpSpec,
+    MlpWeights,
+    NormSpec,
+    SamplingBatch,
+    UnsupportedOnDevice,
+    reference,
+)
 
 log = logging.getLogger("quire.triton")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_DIM = (16, 256)
+MOST_TOKENS = 1 << 19
+"""The largest vocabulary whose sums of weights are exact: see ``quire.reference.sampling``."""
+LATENT_SIZES = frozenset({(576, 512)})
+"""(channels of a key, those of them that are its value): DeepSeek-V2 and V3."""
+KV_DTYPES = frozenset({"float32", "bfloat16", "float16", "int8", "float8_e4m3fn"})
+"""What pages may hold. A code of fp8 is made and read by arithmetic, so that it is the same on every architecture."""
+MOST_EXPERTS = 1024  # that one program chooses from
 
 
 class TritonOps(Backend):
-    """Attention, KV writes, norms, rotary, activations and page copies in Triton, on whatever device torch has Triton
-    for. Sampling and experts are the references'; so is linear (torch's own library), except where bits must not depend
-    on the batch."""
+    """Attention, KV writes, norms, rotary, activations, page copies, sampling, experts and products of rounded weights in
+    Triton, on whatever device torch has Triton for. Dense products are torch's library's or Triton's as a table says; where bits
+    must not depend on the batch they are all Triton's."""
 
     without_kernels: str | None = "the device is not open"
     """Why the references compute; None where the kernels do."""
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
-        """Looks for Triton, and says once where it cannot be used."""
+        """Looks for Triton, and says once where it cannot be used; narrows the weight formats to the architecture's."""
         super().open(index, options)
         self.without_kernels = quire_triton.missing()
+        offered: frozenset[str] = frozenset()
+        if self.without_kernels is None:
+            from quire_triton import configs
+
+            offered = self.capabilities.quantization & configs.formats(configs.architecture(self.device))
+        self.capabilities = dataclasses.replace(self.capabilities, quantization=offered)
         if self.without_kernels is not None:
             log.warning("%s. Computing with the reference operations, which are slow", self.without_kernels)
 
@@ -41,26 +67,30 @@ class TritonOps(Backend):
         return self.without_kernels is None and x.dtype in FLOATS
 
     # -- paged KV --------------------------------------------------------------------------------------------------
-    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Tensor, batch: AttentionBatch) -> None:
+    def write_kv(self, kv: Any, layer: int, k: Tensor, v: Tensor | None, batch: AttentionBatch) -> None:
         if not self._kernels_take(k):
             return super().write_kv(kv, layer, k, v, batch)
         from quire_triton.kernels.write_kv import write_kv
 
         group, index = kv.place[layer]
-        write_kv(kv.pools[group][index], k, v, batch.slots[group])
+        scales = kv.scales[group]
+        write_kv(kv.pools[group][index], None if scales is None else scales[index], k, v, batch.slots[group])
         return None
 
     def copy_pages(self, source: Any, target: Any, group: int, pairs: Sequence[tuple[int, int]]) -> None:
         a, b = source.pools[group], target.pools[group]
         # The kernel reads and writes in no order, so what is both read and written goes through the reference.
         apart = source is not target or not {x for x, _ in pairs} & {y for _, y in pairs}
-        if not (pairs and apart and self._kernels_take(a) and a.device == b.device == self.device):
+        here = a.dtype == b.dtype and a.device == b.device == self.device
+        if not (pairs and apart and here and self.without_kernels is None):
             return super().copy_pages(source, target, group, pairs)
         from quire_triton.kernels.copy_pages import copy_pages
 
-        if a.dtype != b.dtype:
-            return super().copy_pages(source, target, group, pairs)
-        copy_pages(a, b, self.to_device(np.asarray(pairs, dtype=np.int32)))
+        there = self.to_device(np.asarray(pairs, dtype=np.int32))
+        copy_pages(a, b, there)
+        scales = source.scales[group], target.scales[group]
+        if scales[0] is not None and scales[1] is not None:
+            copy_pages(*scales, there)
         return None
 
     def plan_attention(self, batch: AttentionBatch, spec: KVSpec, reuse: Any = None) -> Any:
@@ -71,22 +101,96 @@ class TritonOps(Backend):
         return Plan(batch, spec, self.to_device) if reuse is None else reuse.update(batch, spec)
 
     def attention(self, q: Tensor, kv: Any, layer: int, plan: Any, spec: AttentionSpec, sinks: Any = None) -> Tensor:
-        if not (self._kernels_take(q) and HEAD_DIM[0] <= spec.head_dim <= HEAD_DIM[1]):
+        if spec.value_dim is None:
+            known = HEAD_DIM[0] <= spec.head_dim <= HEAD_DIM[1]
+        else:
+            known = (spec.head_dim, spec.value_dim) in LATENT_SIZES and spec.kv_heads == 1
+        if not (known and self._kernels_take(q)):
             return super().attention(q, kv, layer, plan, spec, sinks)
         if not len(q):
-            return torch.empty_like(q)
+            return q.new_empty((0, spec.heads, spec.value_dim or spec.head_dim))
         from quire_triton.attention import attention
 
         group, index = kv.place[layer]
-        invariant = self.options.batch_invariant
-        return attention(q, kv.pools[group][index], group, plan, spec, sinks, invariant)
+        pool, scales = kv.pools[group][index], kv.scales[group]
+        own = None if scales is None else scales[index]
+        return attention(q, pool, own, group, plan, spec, sinks, self.options.batch_invariant)
+
+    # -- products --------------------------------------------------------------------------------------------------
+    def pack_weight(self, raw: Mapping[str, Tensor], format: str = "dense") -> Any:
+        """Rounded weights in the layout of the kernels; a dense one as it is, which torch's products and the kernels
+        both read."""
+        weight = raw["weight"]
+        if format == "dense":
+            return super().pack_weight(raw, format)
+        offered = self.capabilities.quantization
+        if format not in reference.quantize.FORMATS or format not in offered or not self._kernels_take(weight):
+            reason = f"no kernel here has the weight format '{format}' for {weight.dtype}"
+            raise UnsupportedOnDevice(self.name, "pack_weight", reason, ("dense", *sorted(offered)))
+        from quire_triton import configs
+        from quire_triton.weights import pack
+
+        e4m3 = configs.E4M3.get(configs.architecture(self.device), torch.float8_e4m3fn)
+        return pack(weight, reference.quantize.FORMATS[format], self.device, fnuz=e4m3 == torch.float8_e4m3fnuz)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
-        if not (self.options.batch_invariant and self._kernels_take(x)):
-            return super().linear(x, weight, bias)
-        from quire_triton.kernels.linear import linear
+        return self._product(x, weight, bias, None)
 
-        return linear(x, weight, bias, batch_invariant=True)
+    def _product(self, x: Tensor, weight: Any, bias: Tensor | None, activation: str | None) -> Tensor:
+        """linear, or gated_act of it, by torch's library or the kernels as the table says."""
+        if self._kernels_take(x):
+            from quire_triton import configs
+            from quire_triton.products import library, linear
+
+            by = None if self.options.batch_invariant else library(x, weight, configs.architecture(x.device))
+            if by is None:
+                return linear(x, weight, bias, activation, self.options.batch_invariant)
+            y = by(x, weight, bias)
+        else:
+            y = super().linear(x, weight, bias)
+        return y if activation is None else self.gated_act(y, activation)
+
+    def gated_mlp(
+        self, x: Tensor, residual: Tensor | None, weights: MlpWeights, spec: MlpSpec, norm: NormSpec
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference; a product by the kernels applies the activation itself."""
+        h, residual = reference.blocks.norm(self, x, weights.norm, norm, residual)
+        h = self._product(h, weights.gate_up, weights.gate_up_bias, spec.activation)
+        return self.linear(h, weights.down, weights.down_bias), residual
+
+    def route(
+        self, logits: Tensor, chosen: int, score: str, normalize: bool = True, bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if not self._kernels_take(logits) or logits.shape[-1] > MOST_EXPERTS:
+            return super().route(logits, chosen, score, normalize, bias)
+        from quire_triton.kernels.route import route
+
+        return route(logits, chosen, score, normalize, bias)
+
+    def moe(self, x: Tensor, gates: Tensor, experts: Tensor, gate_up: Any, down: Any, activation: str) -> Tensor:
+        if not self._kernels_take(x):
+            return super().moe(x, gates, experts, gate_up, down, activation)
+        from quire_triton.kernels.moe import moe
+
+        return moe(x, gates, experts, gate_up, down, activation, self.options.batch_invariant)
+
+    # -- sampling --------------------------------------------------------------------------------------------------
+    def _samples(self, logits: Tensor) -> bool:
+        return self.without_kernels is None and logits.dtype == torch.float32 and logits.shape[1] <= MOST_TOKENS
+
+    def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
+        if not self._samples(logits):
+            return super().sample(logits, settings)
+        from quire_triton.kernels.sample import sample
+
+        return sample(logits, settings)
+
+    def logprobs(self, logits: Tensor, chosen: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        from quire_triton.kernels.logprobs import MOST_LOGPROBS, logprobs
+
+        if not self._samples(logits) or min(count, logits.shape[1]) > MOST_LOGPROBS:
+            return super().logprobs(logits, chosen, count)
+        return logprobs(logits, chosen, count)
 
     # -- pointwise operations --------------------------------------------------------------------------------------
     def rms_norm(

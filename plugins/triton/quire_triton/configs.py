@@ -38,19 +38,21 @@ class Tile:
     stages: int
 
 
-@functools.lru_cache(maxsize=16)
 def architecture(device: torch.device) -> str:
     """``sm_90``, ``gfx942`` and the like; ``other`` for what has no row of its own."""
-    if device.type == "cuda":
-        properties: Any = torch.cuda.get_device_properties(device)
-        if torch.version.hip is not None:
-            name = properties.gcnArchName.partition(":")[0]
-        else:
-            name = f"sm_{properties.major}{properties.minor}"
-            if name == "sm_103":
-                name = "sm_100"
-        return name if name in SHARED_MEMORY else "other"
-    return "other"
+    return _architecture(device, torch.version.hip) if device.type == "cuda" else "other"
+
+
+@functools.lru_cache(maxsize=16)
+def _architecture(device: torch.device, hip: str | None) -> str:
+    properties: Any = torch.cuda.get_device_properties(device)
+    if hip is not None:
+        name = properties.gcnArchName.partition(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+        if name == "sm_103":
+            name = "sm_100"
+    return name if name in SHARED_MEMORY else "other"
 
 
 @functools.lru_cache(maxsize=16)
@@ -83,6 +85,17 @@ _DECODE: dict[str, dict[int, Tile]] = {
     "other": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
 }
 _SAME_AS = {"sm_89": "sm_86", "sm_120": "sm_86", "gfx90a": "gfx942", "gfx950": "gfx942"}
+# Latent attention's, 576 channels of which 512 are values: architecture -> (prompts, decode).
+_LATENT: dict[str, tuple[Tile, Tile]] = {
+    "sm_80": (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2)),
+    "sm_86": (Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
+    "sm_90": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    "sm_100": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
+    "gfx942": (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
+    "gfx1100": (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    "other": (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+_LATENT_FLOAT32 = Tile(16, 16, 8, 1)
 # Products of float32 are not tensor-core products: one small tile does everywhere.
 _PREFILL_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
 _DECODE_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
@@ -90,7 +103,7 @@ _DECODE_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16
 
 @dataclass(frozen=True)
 class Product:
-    """A matrix product's tile: rows of x, rows of the weight, columns of a step, and how Triton is to run it."""
+    """A matrix product's tile: rows of x, rows of the weight, most columns of a step, and how Triton is to run it."""
 
     rows: int
     columns: int
@@ -99,26 +112,109 @@ class Product:
     stages: int
 
 
-FEW_ROWS = 16
-QUANTIZED_STEP = 64
-"""Most columns of one step of a quantized weight: in 4 bits its layout is made for it."""
-# (architecture) -> (more rows than FEW_ROWS and the tile of batch invariance, few rows), for 16-bit inputs.
-_PRODUCT: dict[str, tuple[Product, Product]] = {
-    "sm_80": (Product(64, 128, 64, 4, 3), Product(16, 64, 128, 4, 4)),
-    "sm_86": (Product(64, 64, 64, 4, 3), Product(16, 64, 64, 4, 4)),
-    "sm_90": (Product(128, 128, 64, 8, 3), Product(16, 64, 128, 4, 5)),
-    "sm_100": (Product(128, 128, 64, 8, 3), Product(16, 64, 128, 4, 5)),
-    "gfx942": (Product(64, 128, 32, 4, 2), Product(16, 64, 64, 4, 2)),
-    "gfx1100": (Product(64, 64, 32, 4, 1), Product(16, 64, 64, 4, 1)),
-    "other": (Product(64, 64, 32, 4, 2), Product(16, 64, 64, 4, 2)),
+# (architecture) -> kind of weight -> tiles for few rows, some and many. dense: both sides of 16 bits; integers: a weight
+# of int8 or int4 by groups; both: both sides of 8 bits. The one in the middle serves every number of rows where bits
+# must not depend on it: more rows than decoding has, since those few more cost little beside reading the weight.
+_PRODUCT: dict[str, dict[str, tuple[Product, Product, Product]]] = {
+    "sm_80": {
+        "dense": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 4, 4), Product(128, 128, 32, 8, 4)),
+        "integers": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 8, 4), Product(128, 128, 32, 8, 3)),
+        "both": (Product(16, 64, 128, 4, 4), Product(64, 64, 128, 4, 4), Product(128, 128, 64, 8, 4)),
+    },
+    "sm_86": {
+        "dense": (Product(16, 64, 64, 4, 4), Product(64, 64, 64, 4, 3), Product(64, 128, 32, 4, 3)),
+        "integers": (Product(16, 64, 128, 4, 4), Product(64, 64, 32, 4, 3), Product(64, 128, 32, 8, 3)),
+        "both": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 4, 4), Product(128, 128, 64, 8, 3)),
+    },
+    "sm_90": {
+        "dense": (Product(16, 64, 128, 4, 5), Product(64, 64, 64, 4, 5), Product(128, 128, 64, 8, 3)),
+        "integers": (Product(16, 64, 128, 4, 5), Product(64, 64, 64, 4, 5), Product(128, 128, 64, 8, 3)),
+        "both": (Product(16, 64, 128, 4, 6), Product(64, 64, 128, 4, 5), Product(128, 128, 128, 8, 3)),
+    },
+    "sm_100": {
+        "dense": (Product(16, 64, 128, 4, 5), Product(64, 64, 64, 4, 5), Product(128, 128, 64, 8, 3)),
+        "integers": (Product(16, 64, 128, 4, 5), Product(64, 64, 64, 4, 5), Product(128, 128, 64, 8, 3)),
+        "both": (Product(16, 64, 128, 4, 6), Product(64, 64, 128, 4, 5), Product(128, 128, 128, 8, 3)),
+    },
+    "gfx942": {
+        "dense": (Product(16, 64, 64, 4, 2), Product(64, 64, 64, 4, 2), Product(128, 128, 32, 8, 2)),
+        "integers": (Product(16, 64, 64, 4, 2), Product(64, 64, 64, 4, 2), Product(128, 128, 32, 8, 2)),
+        "both": (Product(16, 64, 128, 4, 2), Product(64, 64, 128, 4, 2), Product(128, 128, 64, 8, 2)),
+    },
+    "gfx1100": {
+        "dense": (Product(16, 64, 64, 4, 1), Product(64, 64, 32, 4, 1), Product(64, 64, 32, 4, 1)),
+        "integers": (Product(16, 64, 64, 4, 1), Product(64, 64, 32, 4, 1), Product(64, 64, 32, 4, 1)),
+        "both": (Product(16, 64, 64, 4, 1), Product(64, 64, 64, 4, 1), Product(64, 64, 64, 4, 1)),
+    },
+    "other": {
+        "dense": (Product(16, 64, 64, 4, 2), Product(64, 64, 32, 4, 2), Product(64, 64, 32, 4, 2)),
+        "integers": (Product(16, 64, 64, 4, 2), Product(64, 64, 32, 4, 2), Product(64, 64, 32, 4, 2)),
+        "both": (Product(16, 64, 64, 4, 2), Product(64, 64, 64, 4, 2), Product(64, 64, 64, 4, 2)),
+    },
 }
-_PRODUCT_FLOAT32 = Product(16, 64, 32, 4, 2)
+_PRODUCT_FLOAT32 = Product(16, 32, 32, 4, 2)
 
 
-def linear(arch: str, itemsize: int, few: bool, group: int | None) -> Product:
-    """The tile of a product with inputs of ``itemsize`` bytes; ``group``: columns of a scale of a quantized weight."""
-    tile = _PRODUCT_FLOAT32 if itemsize > 2 else _PRODUCT[_SAME_AS.get(arch, arch)][few]
-    return tile if group is None else replace(tile, step=min(group, QUANTIZED_STEP))
+def linear(arch: str, kind: str, itemsize: int, rows: int | None, group: int = 0) -> Product:
+    """The tile of a product of ``rows`` rows of ``itemsize`` bytes an element (None: the one for any number of rows) with
+    a weight of ``kind`` (dense, int8, int4, both), by groups of ``group`` columns."""
+    integers = kind in ("int8", "int4")
+    if itemsize > 2:
+        tile = _PRODUCT_FLOAT32
+    else:
+        tiles = _PRODUCT[_SAME_AS.get(arch, arch)]["integers" if integers else kind]
+        tile = tiles[1] if rows is None else next((t for t in tiles if rows <= t.rows), tiles[-1])
+    return replace(tile, step=min(group, tile.step)) if integers else tile
+
+
+MOST_PARTS = 8
+SHORTEST_PART = 512
+"""Columns below which another part of a product's sums costs more than it saves."""
+
+
+def parts(arch_processors: int, tiles: int, columns: int) -> int:
+    """Into how many parts to cut the sums of a product over ``columns`` so that ``tiles`` fill the device twice; a power
+    of two."""
+    count = 1
+    while count < MOST_PARTS and tiles * count < 2 * arch_processors and columns >= 2 * count * SHORTEST_PART:
+        count *= 2
+    return count
+
+
+# (architecture) -> most rows of a dense product that Triton computes; more are torch's own library's (cuBLASLt,
+# hipBLASLt, oneDNN). None has been timed yet, so the library has them all.
+_TRITON_ROWS: dict[str, int] = {}
+
+
+def dense_in_triton(arch: str, rows: int) -> bool:
+    """Whether a dense product of so many rows is Triton's, where torch's library could compute it too."""
+    return rows <= _TRITON_ROWS.get(_SAME_AS.get(arch, arch), 0)
+
+
+# (architecture) -> rows from which torch's own product of e4m3 with a scale for each row and column is used.
+_SCALED_MM_ROWS = {"sm_90": 65, "sm_100": 65, "gfx942": 65, "gfx950": 65}
+
+
+def e4m3_in_torch(arch: str, rows: int) -> bool:
+    """Whether an e4m3 product of so many rows is for ``torch._scaled_mm``."""
+    return arch in _SCALED_MM_ROWS and rows >= _SCALED_MM_ROWS[arch]
+
+
+E4M3 = {
+    "sm_89": torch.float8_e4m3fn,
+    "sm_90": torch.float8_e4m3fn,
+    "sm_100": torch.float8_e4m3fn,
+    "sm_120": torch.float8_e4m3fn,
+    "gfx942": torch.float8_e4m3fnuz,
+    "gfx950": torch.float8_e4m3fn,
+}
+"""Architectures whose matrix units take e4m3, and in which form."""
+
+
+def formats(arch: str) -> frozenset[str]:
+    """Names of ``--quantization`` that the products have on ``arch``."""
+    both = () if arch == "other" else ("w8a8", "fp8") if arch in E4M3 else ("w8a8",)
+    return frozenset({"int8", "int4", "int4-64", "int4-128", *both})
 
 
 INVARIANT_SPLIT = 1024
@@ -145,6 +241,13 @@ def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int 
                 rows *= 2
             return Tile(rows, tile.keys, tile.warps, tile.stages)
     raise ValueError(f"head_dim is {head_dim}; the attention kernel goes to 256")
+
+
+def latent(arch: str, itemsize: int, decode: bool, group: int) -> Tile:
+    """The tile of latent attention for queries of ``itemsize`` bytes, with no more rows than ``group`` heads need."""
+    tile = _LATENT_FLOAT32 if itemsize > 2 else _LATENT[_SAME_AS.get(arch, arch)][decode]
+    rows = max(16, 1 << (group - 1).bit_length())
+    return replace(tile, rows=min(tile.rows, rows)) if decode else tile
 
 
 def splits(arch_processors: int, programs: int) -> int:

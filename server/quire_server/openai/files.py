@@ -31,12 +31,16 @@ FORM = {
 }
 
 
-def batches_of(request: Request) -> Batches:
-    return server_of(request).batches
+async def batches_of(request: Request) -> Batches:
+    return (await server_of(request)).batches
+
+
+async def asking(request: Request) -> str | None:
+    return owner_of(request)
 
 
 Shared = Annotated[Batches, Depends(batches_of)]
-Owner = Annotated[str | None, Depends(owner_of)]
+Owner = Annotated[str | None, Depends(asking)]
 
 
 @router.post(

@@ -40,14 +40,11 @@ class Job:
     sampling: SamplingParams
 
 
-async def outputs(
+def outputs(
     model: Model, fields: GenerationFields, jobs: Sequence[Job]
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
     """Deltas of all jobs, as (index of the job, output). Raises ApiError; closing it aborts what still runs."""
-    source = merged([_observed(model, fields, job) for job in jobs])
-    async with aclosing(source):
-        async for item in source:
-            yield item
+    return merged([_observed(model, fields, job) for job in jobs])
 
 
 async def _observed(model: Model, fields: GenerationFields, job: Job) -> AsyncGenerator[RequestOutput, None]:
@@ -69,8 +66,10 @@ async def _observed(model: Model, fields: GenerationFields, job: Job) -> AsyncGe
         async with aclosing(source) as items:  # type: ignore[type-var]
             async for item in items:
                 timer.saw(item)
-                finished = item.finished
-                if item.error is not None or any(o.finish_reason == "error" for o in item.outputs):
+                finished, failed = item.finished, item.error is not None
+                for output in item.outputs:
+                    failed |= output.finish_reason == "error"
+                if failed:
                     raise ApiError(500, f"the request failed: {item.error or 'no reason given'}", code="request_failed")
                 yield item
         if not finished:
@@ -165,14 +164,15 @@ class StreamUsage:
     """Counts a stream's tokens, for the last event or, when asked, for each."""
 
     def __init__(self, fields: GenerationFields, jobs: Sequence[Job]) -> None:
-        self.fields = fields
+        self._told, self._each = fields.include_usage, fields.continuous_usage
         self.prompt = sum(len(job.prompt_token_ids) for job in jobs)
         self.completion = 0
         self.thoughts: Sequence[ReasoningTokens] | None = None  # counters of the samples, where reasoning is counted
         self._cached = [0] * len(jobs)
 
     def saw(self, index: int, item: RequestOutput) -> None:
-        self._cached[index] = max(self._cached[index], item.num_cached_tokens)
+        if item.num_cached_tokens > self._cached[index]:
+            self._cached[index] = item.num_cached_tokens
 
     def total(self) -> dict[str, Any]:
         reasoning = None if self.thoughts is None else sum(one.count for one in self.thoughts)
@@ -180,8 +180,8 @@ class StreamUsage:
 
     def on(self, chunk: dict[str, Any]) -> dict[str, Any]:
         """OpenAI: with include_usage every chunk has the field, null until the last."""
-        if self.fields.include_usage:
-            chunk["usage"] = self.total() if self.fields.continuous_usage else None
+        if self._told:
+            chunk["usage"] = self.total() if self._each else None
         return chunk
 
 

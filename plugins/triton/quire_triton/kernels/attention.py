@@ -34,10 +34,35 @@ def split_bounds(lo, hi, split, n_splits, split_len, shortest, BLOCK_N: tl.const
 
 
 @triton.jit
+def _load(at, channel, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Numbers of a tile of keys. What is not visible may hold NaN, and 0 * NaN is NaN: it must not reach a product."""
+    if MASKED and BLOCK_D != D:
+        numbers = tl.load(at, mask=inside & (channel < D), other=0)
+    elif MASKED:
+        numbers = tl.load(at, mask=inside, other=0)
+    elif BLOCK_D != D:
+        numbers = tl.load(at, mask=channel < D, other=0)
+    else:
+        numbers = tl.load(at)
+    return numbers
+
+
+@triton.jit
+def _decoded(codes, EIGHT_BITS: tl.constexpr):
+    """What codes in 8 bits stand for before scaling, of e4m3 (EIGHT_BITS 2) a 256th. Read by arithmetic, since no two
+    architectures have the same kinds of fp8: moved left by 7 a code is the float16 of the same mantissa, whose exponent
+    is biased by 8 more, and the sign that its extension to 16 bits has put below the highest is taken away."""
+    if EIGHT_BITS == 2:
+        codes = ((codes.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)
+    return codes
+
+
+@triton.jit
 def _tile(
-    q, top, total, acc, start, lo, hi, position, k_ptr, v_ptr, table_ptr, stride_page, stride_slot, factor, cap_in,
-    window, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
-    CAP: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
+    q, q_rest, top, total, acc, start, lo, hi, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr, table_ptr,
+    stride_page, stride_slot, factor, cap_in, window, D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, EIGHT_BITS: tl.constexpr, MASKED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys: the running maximum, sum and weighted values with it."""
     key = start + tl.arange(0, BLOCK_N)
@@ -48,21 +73,31 @@ def _tile(
     else:
         page = tl.load(table_ptr + key // PAGE)
     place = page.to(tl.int64) * stride_page + (key % PAGE) * stride_slot
-    k_at, v_at = k_ptr + place[None, :] + d[:, None], v_ptr + place[:, None] + d[None, :]
-    # What is not visible may hold NaN, and 0 * NaN is NaN: it must not reach the product with the weights.
-    if MASKED and BLOCK_D != D:
-        k = tl.load(k_at, mask=inside[None, :] & (d[:, None] < D), other=0.0)
-        v = tl.load(v_at, mask=inside[:, None] & (d[None, :] < D), other=0.0)
-    elif MASKED:
-        k = tl.load(k_at, mask=inside[None, :], other=0.0)
-        v = tl.load(v_at, mask=inside[:, None], other=0.0)
-    elif BLOCK_D != D:
-        k = tl.load(k_at, mask=d[:, None] < D, other=0.0)
-        v = tl.load(v_at, mask=d[None, :] < D, other=0.0)
+    UNIT: tl.constexpr = 256.0 if EIGHT_BITS == 2 else 1.0
+    if EIGHT_BITS:
+        scale_at = page.to(tl.int64) * (KV_HEADS * PAGE) + key % PAGE
+        key_scale = _load(key_scales_ptr + scale_at, d, inside, 1, 1, MASKED) * UNIT
+    if REST:
+        v = _load(k_ptr + place[:, None] + d[None, :], d[None, :], inside[:, None], D, BLOCK_D, MASKED)
+        r = tl.arange(0, BLOCK_R)
+        rest_at = k_ptr + place[None, :] + D + r[:, None]
+        rest = _load(rest_at, r[:, None], inside[None, :], REST, BLOCK_R, MASKED)
+        if EIGHT_BITS:
+            v = _decoded(v, EIGHT_BITS).to(tl.float32) * key_scale[:, None]
+            rest = _decoded(rest, EIGHT_BITS).to(tl.float32) * key_scale[None, :]
+        v = v.to(DOT)
+        scores = tl.dot(q, tl.trans(v), input_precision="ieee")
+        scores = tl.dot(q_rest, rest.to(DOT), scores, input_precision="ieee")
     else:
-        k = tl.load(k_at)
-        v = tl.load(v_at)
-    scores = tl.dot(q, k.to(DOT), input_precision="ieee")
+        k = _load(k_ptr + place[None, :] + d[:, None], d[:, None], inside[None, :], D, BLOCK_D, MASKED)
+        v = _load(v_ptr + place[:, None] + d[None, :], d[None, :], inside[:, None], D, BLOCK_D, MASKED)
+        scores = tl.dot(q, _decoded(k, EIGHT_BITS).to(DOT), input_precision="ieee")
+        if EIGHT_BITS:
+            scores *= key_scale[None, :]
+            value_scale = _load(value_scales_ptr + scale_at, d, inside, 1, 1, MASKED) * UNIT
+            # Scaled here and not with the weights, which in float16 would lose the small ones.
+            v = _decoded(v, EIGHT_BITS).to(tl.float32) * value_scale[:, None]
+        v = v.to(DOT)
     if CAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), which at both ends goes to what it should.
         scores = 1.0 - 2.0 / (tl.exp2(scores * cap_in) + 1.0)
@@ -82,26 +117,30 @@ def _tile(
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
-    acc = tl.dot(weights.to(DOT), v.to(DOT), acc, input_precision="ieee")
+    acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
     return new_top, total, acc
 
 
 @triton.jit(do_not_specialize=["n_splits", "split_len", "shortest", "window", "table_stride"])
 def attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, part_ptr, stats_ptr, table_ptr, start_ptr, lens_ptr, tiles_ptr, sinks_ptr, factor,
-    cap_in, window, n_splits, split_len, shortest, table_stride, stride_page, stride_slot, HQ: tl.constexpr,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_Q: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr,
-    TILES: tl.constexpr, SPLIT: tl.constexpr, DOT: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, stats_ptr, table_ptr, start_ptr, lens_ptr,
+    tiles_ptr, sinks_ptr, factor, cap_in, window, n_splits, split_len, shortest, table_stride, stride_page, stride_slot,
+    HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PAGE: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, EIGHT_BITS: tl.constexpr, TILES: tl.constexpr,
+    SPLIT: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, KV heads, parts).
+    """Grid (tiles, KV heads, parts), or (tiles, blocks of a tile's rows, parts) where attention is latent.
 
-    q, out [T, HQ, D]; k, v one layer's pages; table [N, table_stride]; start [N + 1]; lens [N]. tiles int32 [n, 2]:
+    q [T, HQ, D + REST], out [T, HQ, D]; k, v one layer's pages, with scales [pages, KV heads, PAGE] for EIGHT_BITS (1:
+    int8, 2: the bits of e4m3); table [N, table_stride]; start [N + 1]; lens [N]. REST: channels that a latent key has
+    beyond those that are its value; 0: keys and values are stored apart. tiles int32 [n, 2]:
     (sequence, first query within it), or without TILES tile n is the one query of sequence n. factor: what a score is
     multiplied with to be an exponent of 2 (after a soft cap; cap_in before it). DOT: the type of the products'
     factors. With SPLIT a part's sums go to part float32 [tiles, KV heads, BLOCK_Q * GROUP, parts, D] and (maximum, sum)
     to stats [..., parts, 2].
     """
+    KV_HEADS: tl.constexpr = HQ // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if TILES:
         sequence, first = tl.load(tiles_ptr + 2 * tile), tl.load(tiles_ptr + 2 * tile + 1)
@@ -111,13 +150,22 @@ def attention_kernel(
     queries = tl.load(start_ptr + sequence + 1) - begin
     count = tl.minimum(queries - first, BLOCK_Q)
     row = tl.arange(0, BLOCK_M)
+    if REST:  # many heads share one key: they may be more than a tile has rows
+        row += kv_head * BLOCK_M
+        kv_head *= 0
     token, head = row // GROUP, kv_head * GROUP + row % GROUP
     valid = token < count
     position = context - queries + first + token  # of each row's query in its sequence
     oldest = context - queries + first
     d = tl.arange(0, BLOCK_D)
-    at = ((begin + first + token).to(tl.int64) * HQ + head)[:, None] * D + d[None, :]
-    q = tl.load(q_ptr + at, mask=valid[:, None] & (d[None, :] < D), other=0.0).to(DOT)
+    vector = ((begin + first + token).to(tl.int64) * HQ + head)[:, None]
+    at = vector * D + d[None, :]
+    q_at = q_ptr + vector * (D + REST)
+    q = tl.load(q_at + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0).to(DOT)
+    q_rest = q
+    if REST:
+        r = tl.arange(0, BLOCK_R)[None, :]
+        q_rest = tl.load(q_at + D + r, mask=valid[:, None] & (r < REST), other=0.0).to(DOT)
 
     lo, hi = 0, tl.maximum(tl.minimum(oldest + count, context), 0)
     if WINDOW:
@@ -134,13 +182,16 @@ def attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     k_ptr += kv_head * D
     v_ptr += kv_head * D
+    key_scales_ptr += kv_head * PAGE
+    value_scales_ptr += kv_head * PAGE
     table_ptr += sequence.to(tl.int64) * table_stride
 
-    if SPLIT:
+    if SPLIT or REST:  # a latent key's tile leaves no registers for a second loop
         for start in tl.range(low, high, BLOCK_N):
             top, total, acc = _tile(
-                q, top, total, acc, start, lo, high, position, k_ptr, v_ptr, table_ptr, stride_page, stride_slot,
-                factor, cap_in, window, D, BLOCK_D, BLOCK_N, PAGE, WINDOW, CAP, True, DOT,
+                q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
+                table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
+                KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
             )  # fmt: skip
     else:
         # Only the tiles at the ends need masks: [low, whole_low) a window's, [whole_high, high) the diagonal.
@@ -151,22 +202,25 @@ def attention_kernel(
             whole_high = tl.maximum(whole_high, whole_low)
             for start in tl.range(low, whole_low, BLOCK_N):
                 top, total, acc = _tile(
-                    q, top, total, acc, start, lo, high, position, k_ptr, v_ptr, table_ptr, stride_page, stride_slot,
-                    factor, cap_in, window, D, BLOCK_D, BLOCK_N, PAGE, WINDOW, CAP, True, DOT,
+                    q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
+                    table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
+                    KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
                 )  # fmt: skip
         for start in tl.range(whole_low, whole_high, BLOCK_N):
             top, total, acc = _tile(
-                q, top, total, acc, start, lo, high, position, k_ptr, v_ptr, table_ptr, stride_page, stride_slot,
-                factor, cap_in, window, D, BLOCK_D, BLOCK_N, PAGE, WINDOW, CAP, False, DOT,
+                q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
+                table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
+                KV_HEADS, WINDOW, CAP, EIGHT_BITS, False, DOT,
             )  # fmt: skip
         for start in tl.range(whole_high, high, BLOCK_N):
             top, total, acc = _tile(
-                q, top, total, acc, start, lo, high, position, k_ptr, v_ptr, table_ptr, stride_page, stride_slot,
-                factor, cap_in, window, D, BLOCK_D, BLOCK_N, PAGE, WINDOW, CAP, True, DOT,
+                q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
+                table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
+                KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
             )  # fmt: skip
 
     if SPLIT:
-        rows = (tile.to(tl.int64) * tl.num_programs(1) + kv_head) * (BLOCK_Q * GROUP) + row
+        rows = (tile.to(tl.int64) * KV_HEADS + kv_head) * (BLOCK_Q * GROUP) + row
         part = rows * n_splits + split
         tl.store(stats_ptr + 2 * part, top, mask=valid)
         tl.store(stats_ptr + 2 * part + 1, total, mask=valid)

@@ -14,12 +14,8 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 @triton.jit
-def gated_act_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr):
-    """Grid (tokens, blocks of WIDTH). x [tokens, 2 WIDTH]: gate, then up; out [tokens, WIDTH]."""
-    token = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    gate = tl.load(x_ptr + token * 2 * WIDTH + c, mask=c < WIDTH, other=0.0).to(tl.float32)
-    up = tl.load(x_ptr + token * 2 * WIDTH + WIDTH + c, mask=c < WIDTH, other=0.0).to(tl.float32)
+def activated(gate, KIND: tl.constexpr):
+    """act(gate) in float32; KIND: a value of ACTIVATIONS."""
     if KIND == 0:
         gate = gate / (1.0 + tl.exp(-gate))
     elif KIND == 1:
@@ -27,7 +23,17 @@ def gated_act_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, K
     else:
         inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
         gate = gate * (1.0 - 1.0 / (tl.exp(2.0 * inner) + 1.0))  # (1 + tanh(y)) / 2 = 1 - 1 / (exp(2 y) + 1)
-    tl.store(out_ptr + token * WIDTH + c, (gate * up).to(out_ptr.dtype.element_ty), mask=c < WIDTH)
+    return gate
+
+
+@triton.jit
+def gated_act_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr):
+    """Grid (tokens, blocks of WIDTH). x [tokens, 2 WIDTH]: gate, then up; out [tokens, WIDTH]."""
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(x_ptr + token * 2 * WIDTH + c, mask=c < WIDTH, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + token * 2 * WIDTH + WIDTH + c, mask=c < WIDTH, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * WIDTH + c, (activated(gate, KIND) * up).to(out_ptr.dtype.element_ty), mask=c < WIDTH)
 
 
 def gated_act(x: Tensor, activation: str) -> Tensor:
