@@ -31,7 +31,9 @@ CACHES = 400 << 20  # bytes of keys and values that a round of decode streams th
 class World:
     """Sequences of the given lengths whose last ``new`` tokens are queries, in ``layers`` layers of shuffled pages."""
 
-    def __init__(self, shape: str, kv_dtype: str, lengths: list[int], new: int, page: int, layers: int, shuffled: bool) -> None:
+    def __init__(
+        self, shape: str, kv_dtype: str, lengths: list[int], new: int, page: int, layers: int, shuffled: bool
+    ) -> None:
         heads, kv_heads, dim = SHAPES[shape]
         self.spec = AttentionSpec(heads, kv_heads, dim, dim**-0.5)
         group = KVGroupSpec(tuple(range(layers)), kv_heads, dim, kv_dtype, page)

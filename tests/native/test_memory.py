@@ -40,9 +40,9 @@ def test_kv_pages_take_memory_when_they_are_first_written(kind):
     address = kv.buffers[0].address
     assert mapping(address, "Size") >= 255 << 20
     assert mapping(address, "Rss") == 0, "nothing was written yet"
-    kv.pool(0)[1, pages // 2].fill_(1)
+    kv.pool(0)[1, 2, pages // 2].fill_(1)
     assert 0 < mapping(address, "Rss") <= 2 * HUGE
-    assert not kv.pool(0)[0, pages // 2].any(), "what was not written is zero"
+    assert not kv.pool(0)[0, 2, pages // 2].any(), "what was not written is zero"
 
 
 @mapped
