@@ -94,7 +94,7 @@ def decode(args: argparse.Namespace, shape: str, kv_dtype: str, buffer: _native.
 
 
 def prefill(args: argparse.Namespace, shape: str, kv_dtype: str) -> None:
-    heads, kv_heads, dim = SHAPES[shape]
+    heads, _, dim = SHAPES[shape]
     for tokens in args.prefill:
         world = World(shape, kv_dtype, [tokens], tokens, args.page, 1, args.shuffled)
         world.run()
@@ -107,7 +107,9 @@ def prefill(args: argparse.Namespace, shape: str, kv_dtype: str) -> None:
             torch.set_num_threads(args.threads)
             q, k, v = (x.transpose(0, 1)[None] for x in (world.q, world.k, world.v))
             own = measure(
-                lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+                lambda q=q, k=k, v=v: torch.nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, enable_gqa=True
+                ),
                 args.seconds,
             )
             torch.set_num_threads(1)
