@@ -240,7 +240,9 @@ def test_the_form_begins_behind_the_reasoning(client):
 
 def test_forced_calls_after_the_reasoning(client):
     named = {"type": "function", "function": {"name": "add"}}
-    choice = chat(client, tools=TOOLS, tool_choice=named, extra_body=THINK, max_tokens=400).choices[0]
+    question = [{"role": "user", "content": "What is 12 + 30?"}]  # of which the model thinks to an end
+    options = dict(tools=TOOLS, tool_choice=named, extra_body=THINK, max_tokens=400, temperature=0)
+    choice = chat(client, messages=question, **options).choices[0]
     assert [name for name, _ in called(choice)] == ["add"]
     assert choice.message.reasoning
 
