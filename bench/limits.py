@@ -30,7 +30,7 @@ READER = r"""
 #include <time.h>
 
 typedef float vec __attribute__((vector_size(64)));
-typedef struct { char *data; size_t bytes; int passes; pthread_barrier_t *start; double begin, end; float sum; } Job;
+typedef struct { char *data; size_t bytes; int passes, ahead; pthread_barrier_t *start; double begin, end; float sum; } Job;
 
 static double now(void) { struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return t.tv_sec + 1e-9 * t.tv_nsec; }
 
@@ -44,7 +44,7 @@ static void *work(void *argument) {
         for (size_t at = 0; at + 512 <= job->bytes; at += 512)
             for (int i = 0; i < 8; i++) {
                 const char *line = job->data + at + 64 * i;
-                __builtin_prefetch(line + 4096, 0, 3);
+                __builtin_prefetch(line + job->ahead, 0, 3);
                 sum[i] += *(const vec *)line;
             }
     job->end = now();
@@ -52,15 +52,16 @@ static void *work(void *argument) {
     return NULL;
 }
 
-/* bytes per second of `threads` threads that each read `bytes` (a multiple of 2 MiB) `passes` times; 0 on failure */
-double read_rate(int threads, size_t bytes, int passes) {
+/* bytes per second of `threads` threads that each read `bytes` (a multiple of 2 MiB) `passes` times, fetching
+   `ahead` bytes before they are used; 0 on failure */
+double read_rate(int threads, size_t bytes, int passes, int ahead) {
     pthread_t ids[threads]; Job jobs[threads]; pthread_barrier_t start;
     pthread_barrier_init(&start, NULL, threads);
     for (int i = 0; i < threads; i++) {
         char *data = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         if (data == MAP_FAILED) return 0;
         madvise(data, bytes, MADV_HUGEPAGE);
-        jobs[i] = (Job){data, bytes, passes, &start, 0, 0, 0};
+        jobs[i] = (Job){data, bytes, passes, ahead, &start, 0, 0, 0};
     }
     for (int i = 0; i < threads; i++)
         if (pthread_create(&ids[i], NULL, work, &jobs[i])) return 0;
@@ -76,12 +77,16 @@ double read_rate(int threads, size_t bytes, int passes) {
 """
 
 
+AHEAD = (512, 1024, 4096)
+"""Bytes. Processors differ: a prefetch near its use joins the hardware's own stream, a far one hides more latency."""
+
+
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def compile_reader() -> Callable[[int, int, int], float] | None:
-    """The C loop as a function of (threads, bytes per thread, passes); None without a working compiler."""
+def compile_reader() -> Callable[[int, int, int, int], float] | None:
+    """The C loop as a function of (threads, bytes per thread, passes, bytes ahead); None without a working compiler."""
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
@@ -93,7 +98,7 @@ def compile_reader() -> Callable[[int, int, int], float] | None:
             return None
         function = ctypes.CDLL(str(library)).read_rate
     function.restype = ctypes.c_double
-    function.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int]
+    function.argtypes = [ctypes.c_int, ctypes.c_size_t, ctypes.c_int, ctypes.c_int]
     return function
 
 
@@ -107,11 +112,16 @@ def rates(work: Callable[[], float], seconds: float, least: int = 3) -> list[flo
 
 
 def read_c(threads: int, seconds: float, mebibytes: int = 256) -> list[float]:
-    """GB/s of the C loop over ``mebibytes`` a thread; empty without a compiler."""
+    """GB/s of the C loop over ``mebibytes`` a thread, at the distance ahead that is best here; empty without a compiler."""
     reader = compile_reader()
     if reader is None:
         return []
-    return [rate / 1e9 for rate in rates(lambda: reader(threads, mebibytes << 20, 4), seconds) if rate]
+
+    def at(ahead: int) -> list[float]:
+        found = rates(lambda: reader(threads, mebibytes << 20, 4, ahead), seconds / len(AHEAD), least=2)
+        return [rate / 1e9 for rate in found if rate]
+
+    return max(map(at, AHEAD), key=lambda found: statistics.median(found) if found else 0.0)
 
 
 def read_torch(threads: int, seconds: float, mebibytes: int = 512) -> list[float]:

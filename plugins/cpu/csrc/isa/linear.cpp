@@ -53,6 +53,9 @@ template <class Dot>
 struct Product {
     static constexpr int max_rows = rows_in_registers<Dot>(NV);
 
+    QUIRE_MEMBER static int64_t steps_ahead(int rows) {
+        return rows > few_rows ? steps_ahead_of_many : steps_ahead_of_few;
+    }
     QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
                                  uintptr_t ahead, int ahead_step) {
         multiply_rows<Dot, max_rows>(rows, w, x, steps, acc, first, ahead, ahead_step);
@@ -84,6 +87,7 @@ QUIRE_INLINE void multiply_tiles(int rows, const char* w, const char* x, int64_t
     }
     const int fetch = ahead_step * step_block;
     for (int64_t block = 0; block < steps; block += step_block) {
+        for (int i = 0; i < fetch; i += 64) prefetch_l2(ahead + i);
         _tile_loadd(6, w, step_bytes);
         _tile_stream_loadd(4, x, tile_row_bytes);
         _tile_dpbf16ps(0, 4, 6);
@@ -94,7 +98,6 @@ QUIRE_INLINE void multiply_tiles(int rows, const char* w, const char* x, int64_t
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-        for (int i = 0; i < fetch; i += 64) prefetch_l2(ahead + i);
         ahead += fetch;
         w += block_bytes;
         x += rows * tile_row_bytes;
@@ -110,6 +113,10 @@ template <>
 struct Product<DotTiles> {
     static constexpr int max_rows = 2 * tile_rows;
     int configured = 0;
+
+    // A tile of W reads every other line of 2 KB: its lines are asked for in order before that, not far ahead, so that
+    // the hardware's prefetcher sees one stream.
+    QUIRE_MEMBER static int64_t steps_ahead(int) { return 12; }
 
     ~Product() { _tile_release(); }
     QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
@@ -157,8 +164,9 @@ struct Task {
 
     // One tile streams through the weights, fetching a fixed distance ahead.
     QUIRE_MEMBER void stream() {
-        const int64_t far = a.tiles.size(tile0) > few_rows ? steps_ahead_of_many : steps_ahead_of_few;
-        const int64_t ahead = smaller(a.steps, far), turn = a.steps - ahead;
+        const int64_t far = Product<Dot>::steps_ahead(a.tiles.size(tile0));
+        // A whole number of blocks: a tile takes one at a time.
+        const int64_t ahead = smaller(a.steps, far), turn = (a.steps - ahead) / step_block * step_block;
         for (int64_t group = group0; group < group1; group++) {
             for (int64_t half = 0; half < halves; half++) {
                 const char* w = weight(group, half);

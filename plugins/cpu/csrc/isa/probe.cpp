@@ -9,7 +9,7 @@ namespace quire::QUIRE_ISA {
 float probe_read(const char* data, int64_t bytes) {
     VF sum[4] = {zero(), zero(), zero(), zero()};
     for (int64_t i = 0; i + 256 <= bytes; i += 256) {
-        for (int j = 0; j < 4; j++) prefetch_l2(reinterpret_cast<uintptr_t>(data) + i + 4096 + j * 64);
+        for (int j = 0; j < 4; j++) prefetch_l2(reinterpret_cast<uintptr_t>(data) + i + 1024 + j * 64);
         for (int j = 0; j < 256; j += W * 4) {
             VF& s = sum[(j / (W * 4)) % 4];
             s = s + load(reinterpret_cast<const float*>(data + i + j));
