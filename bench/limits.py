@@ -118,7 +118,7 @@ def read_c(threads: int, seconds: float, mebibytes: int = 256) -> list[float]:
         return []
 
     def at(ahead: int) -> list[float]:
-        found = rates(lambda: reader(threads, mebibytes << 20, 4, ahead), seconds / len(AHEAD), least=2)
+        found = rates(lambda: reader(threads, mebibytes << 20, 4, ahead), seconds / len(AHEAD))
         return [rate / 1e9 for rate in found if rate]
 
     return max(map(at, AHEAD), key=lambda found: statistics.median(found) if found else 0.0)
