@@ -38,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KV int8": {"kv_cache_dtype": "int8"},
     "KV float16": {"kv_cache_dtype": "float16"},
     "int4-32, head as it is": {"quantization": "int4", "head": "dense"},
-    "int4-32, head too": {"quantization": "int4", "head": "int4"},
+    "int4-32, head int8": {"quantization": "int4", "head": "int8"},
     "int8, head as it is": {"quantization": "int8", "head": "dense"},
     "int8, KV int8": {"quantization": "int8", "kv_cache_dtype": "int8"},
     "int4-32, KV int8": {"quantization": "int4", "kv_cache_dtype": "int8"},
@@ -72,7 +72,8 @@ def open_llm(model: str, options: dict[str, Any], device: str) -> LLM:
     from quire.weights import load
 
     own = dict(options)
-    load.HEAD = own.pop("head", quantization.HEAD)  # of a head that is the embedding, too
+    head = own.pop("head", None)  # of a head that is the embedding, too: the demo model's is
+    load.head_format = quantization.head_format if head is None else lambda _: head
     return LLM(model, device=device, enable_prefix_caching=False, kv_cache_memory_bytes=256 << 20, **own)
 
 

@@ -13,7 +13,7 @@ from model_cost import ModelCost, cost_of
 from quire.models.config import read_config
 from quire.models.family import WeightMap, find_family
 from quire.plugins import load
-from quire.quantization import FORMATS, HEAD
+from quire.quantization import FORMATS, head_format
 from quire.weights.checkpoint import weight_bytes
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
@@ -80,7 +80,7 @@ def matrix_bytes(folder: Path, quantization: str | None) -> int:
     if not config.get("tie_word_embeddings"):
         return weight_bytes(read, "bfloat16", quantization)
     shape = (config["vocab_size"], config["hidden_size"])
-    head = FORMATS[HEAD].bytes(shape) if quantization else 2 * shape[0] * shape[1]
+    head = FORMATS[head_format(quantization)].bytes(shape) if quantization else 2 * shape[0] * shape[1]
     return weight_bytes(read, "bfloat16", quantization) + head
 
 

@@ -109,15 +109,18 @@ def test_matrices_are_rounded_while_loading_and_the_head_to_its_own_format(tmp_p
             asked.append(format)
             return super().pack_weight(raw, format)
 
-    weights = read(put(tmp_path, tensors()), backend=Asked(), quantization="int4")
-    assert asked == ["int4"] * 8 + ["int8"]
+    put(tmp_path, tensors())
+    for quantization, head in (("int8", "int8"), ("int4-128", "int4"), ("w8a8", "int8")):
+        read(tmp_path, backend=Asked(), quantization=quantization)
+        assert asked[-9:] == [quantization] * 8 + [head]
+    weights = read(tmp_path, backend=Asked(), quantization="int4")
     raw = tensors()["model.layers.1.self_attn.o_proj.weight"]
     assert torch.equal(weights.layers[1].attention.out, rounded(raw, FORMATS["int4"]))
     assert not torch.equal(weights.layers[1].attention.out, raw)
-    tied = read(tmp_path, config={**CONFIG, "tie_word_embeddings": True}, backend=Asked(), quantization="int4")
-    assert asked[-9:] == ["int8"] + ["int4"] * 8
+    tied = read(tmp_path, config={**CONFIG, "tie_word_embeddings": True}, backend=Asked(), quantization="int4-64")
+    assert asked[-9:] == ["int4"] + ["int4-64"] * 8
     assert torch.equal(tied.embedding, tensors()["model.embed_tokens.weight"])
-    assert torch.equal(tied.head, rounded(tied.embedding, FORMATS["int8"]))
+    assert torch.equal(tied.head, rounded(tied.embedding, FORMATS["int4"]))
 
 
 @pytest.mark.parametrize("quantization", [None, "int4"])
@@ -125,7 +128,7 @@ def test_a_device_that_looks_rows_up_in_what_it_packed_holds_a_tied_table_once(t
     tied, kept = {**CONFIG, "tie_word_embeddings": True}, []
 
     class Once(Host):
-        capabilities = replace(Host.capabilities, embed_formats=frozenset({"dense", "int8"}))
+        capabilities = replace(Host.capabilities, embed_formats=frozenset({"dense", "int4"}))
 
     class Twice(Host):
         capabilities = replace(Host.capabilities, embed_formats=frozenset())

@@ -14,10 +14,10 @@ from quire_cpu import native
 FUZZ = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def integers(n, k, bits, group, zeros):
+def integers(n, k, bits, group, zeros, scale_dtype=torch.float32):
     groups = -(-k // group)
     q = torch.randint(0, 1 << bits, (n, k), dtype=torch.uint8)
-    scales = torch.rand(n, groups) / (1 << bits)
+    scales = (torch.rand(n, groups) / (1 << bits)).to(scale_dtype)
     zero = torch.randint(0, 1 << bits, (n, groups), dtype=torch.uint8) if zeros else None
     middle = (1 << (bits - 1)) if zero is None else zero.double().repeat_interleave(group, 1)[:, :k]
     return q, scales, zero, (q.double() - middle) * scales.double().repeat_interleave(group, 1)[:, :k]
@@ -34,10 +34,11 @@ def rounded(x, group):
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @FUZZ
 @given(rows=st.integers(1, 20), n=st.integers(1, 100), k=st.integers(1, 300), group=st.sampled_from([32, 64, 128]))
-def test_float64(isa, dtype, bits, zeros, rows, n, k, group):
-    q, scales, zero, w = integers(n, k, bits, group, zeros)
+def test_float64(isa, dtype, bits, zeros, scale_dtype, rows, n, k, group):
+    q, scales, zero, w = integers(n, k, bits, group, zeros, scale_dtype)
     x, b = torch.randn(rows, k).to(dtype), torch.randn(n)
     y = native.linear(x, native.pack_integers(q, scales, zero, bits, group), b, out_dtype=torch.float32)
     torch.testing.assert_close(y.double(), F.linear(rounded(x, group), w, b.double()), rtol=1e-5, atol=1e-5 * k**0.5)

@@ -15,7 +15,7 @@ from quire.hardware import Backend, DeviceOptions, MemoryInfo
 from quire.models.config import read_config
 from quire.models.family import find_family
 from quire.plugins import Registry, load, native
-from quire.quantization import FORMATS, HEAD
+from quire.quantization import FORMATS, head_format
 from quire.scheduler.scheduler import Scheduler
 from quire.spec import KVSpec, ModelSpec, kv_spec
 from quire.weights.checkpoint import weight_bytes
@@ -199,7 +199,7 @@ def choose_dtype(wanted: str, hf_config: dict, backend: Backend) -> str:
 
 def _check_quantization(backend: Backend, wanted: str | None) -> None:
     offered = backend.capabilities.quantization
-    if wanted is None or {wanted, HEAD} <= offered:
+    if wanted is None or (wanted in FORMATS and {wanted, head_format(wanted)} <= offered):
         return
     raise UnsupportedOnDevice(
         backend.name,

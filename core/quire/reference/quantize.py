@@ -19,10 +19,10 @@ __all__ = ["FORMATS", "InputsRounded", "dequantize", "quantize", "quantize_rows"
 
 
 def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """(q uint8 [n, k], scales float32 [n, k / group]) with weight [n, k] ~ (q - 2**(bits - 1)) * scales.
+    """(q uint8 [n, k], scales bfloat16 [n, k / group]) with weight [n, k] ~ (q - 2**(bits - 1)) * scales.
 
     8 bits: the largest magnitude of a group becomes 127. 4 bits: of a few scales around those that make the largest
-    magnitude -8 or 7, the one with the least squared error. The last group of a row may be short.
+    magnitude -8 or 7, the one with the least squared error. Scales are rounded to bfloat16 first. The last group of a row may be short.
     """
     n, k = weight.shape
     middle = 1 << (bits - 1)
@@ -34,21 +34,22 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
         q, scale, error = _round_to(grouped, extreme, most, middle)
         better = error < best_error
         best, scales, best_error = q.where(better, best), scale.where(better, scales), error.where(better, best_error)
-    return best.add_(middle).to(torch.uint8).view(n, -1)[:, :k], scales.squeeze(2)
+    return best.add_(middle).to(torch.uint8).view(n, -1)[:, :k], scales.squeeze(2).bfloat16()
 
 
 def _round_to(grouped: Tensor, extreme: Tensor, most: float, middle: int) -> tuple[Tensor, Tensor, Tensor]:
     """(integers, scale, squared error) of each group when its largest magnitude is to become ``most``; a negative one
     keeps its sign."""
-    scale = extreme / most if most < 0 else extreme.abs() / most
+    scale = (extreme / most if most < 0 else extreme.abs() / most).bfloat16().float()
     q = (grouped / scale.where(scale != 0, 1.0)).round_().clamp_(-middle, middle - 1)
     return q, scale, (q * scale - grouped).double().square_().sum(dim=2, keepdim=True)
 
 
 def dequantize(q: Tensor, scales: Tensor, bits: int, group: int) -> Tensor:
-    """The weight that :func:`quantize` describes, in the scales' dtype."""
-    columns = scales.repeat_interleave(group, dim=1)[:, : q.shape[1]]
-    return (q.to(scales.dtype) - (1 << (bits - 1))) * columns
+    """The weight that :func:`quantize` describes, float64 where the scales are, otherwise float32."""
+    wide = torch.promote_types(scales.dtype, torch.float32)
+    columns = scales.to(wide).repeat_interleave(group, dim=1)[:, : q.shape[1]]
+    return (q.to(wide) - (1 << (bits - 1))) * columns
 
 
 LARGEST = {"int": 127.0, "e4m3": 448.0}

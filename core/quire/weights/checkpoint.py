@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from quire.errors import ModelError
 from quire.models.family import Part, WeightMap
-from quire.quantization import FORMATS, HEAD, format_of
+from quire.quantization import FORMATS, format_of, head_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,8 +202,8 @@ def weight_bytes(
     for weight in weights:
         plain = math.prod(weight.shape) * _ITEMSIZE[dtype]
         if tied and weight.field == "embedding":
-            head = HEAD if quantization else "dense"
-            total += FORMATS[HEAD].bytes(weight.shape) if quantization else plain
+            head = head_format(quantization) if quantization else "dense"
+            total += FORMATS[head].bytes(weight.shape) if quantization else plain
             total += 0 if head in embed_formats else plain
         elif quantization is not None and weight.kind == "matrix":
             total += FORMATS[format_of(weight, quantization)].bytes(weight.shape)

@@ -17,7 +17,7 @@ from quire.errors import ModelError
 from quire.hardware import Backend
 from quire.layers.rotary import rotary_table
 from quire.models.family import WeightMap
-from quire.quantization import HEAD, format_of
+from quire.quantization import format_of, head_format
 from quire.reference import torch_dtype
 from quire.spec import (
     AttentionWeights,
@@ -79,7 +79,7 @@ def _assemble(
         tensor = read(weight)
         advance(tensor.nbytes)
         if spec.tied_embeddings and weight.field == "embedding":
-            format = HEAD if quantization else "dense"
+            format = head_format(quantization) if quantization else "dense"
             head = fields["model", -1]["head"] = backend.pack_weight({"weight": tensor}, format)
             if format in backend.capabilities.embed_formats:
                 fields["model", -1]["embedding"] = head

@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "bf16.h"
 #include "pool.h"
 
 namespace quire {
@@ -37,14 +38,6 @@ void for_each_id(const int64_t* ids, int64_t count, int64_t vocabulary, int64_t 
 
 char* row_of(const Matrix& m, int64_t row) {
     return static_cast<char*>(m.data) + row * m.stride * dtype_bytes(m.type);
-}
-
-// To the nearest bf16, ties to even; a NaN stays one.
-uint16_t to_bf16(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-    return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
 void store(const Matrix& m, char* row, int64_t column, float value) {
@@ -85,8 +78,14 @@ void embed_packed(const QuantShape& s, const char* packed, const int64_t* ids, i
         for (int64_t begin = 0; begin < s.k; begin += s.group, group += s.group_bytes()) {
             float scale;
             int32_t zero = 1 << (s.bits - 1);
-            std::memcpy(&scale, group + i * 4, 4);
-            if (s.zeros) std::memcpy(&zero, group + group_rows * 4 + i * 4, 4);
+            if (s.scales == DType::f32) {
+                std::memcpy(&scale, group + i * 4, 4);
+            } else {
+                uint16_t narrow;
+                std::memcpy(&narrow, group + i * 2, 2);
+                scale = from_bf16(narrow);
+            }
+            if (s.zeros) std::memcpy(&zero, group + s.scales_bytes() + i * 4, 4);
             const char* data = group + s.header_bytes() + i * 4;
             const int used = int(std::min<int64_t>(s.group, s.k - begin));
             for (int c = 0; c < used; c++) {

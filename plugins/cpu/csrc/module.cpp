@@ -60,14 +60,14 @@ void bind_linear(nb::module_& m) {
 void bind_quant(nb::module_& m) {
     nb::class_<QuantShape>(m, "QuantShape", "Shape of a weight of integers.")
         .def("__init__",
-             [](QuantShape* self, int64_t n, int64_t k, int bits, int group, bool zeros) {
-                 new (self) QuantShape{n, k, bits, group, zeros};
+             [](QuantShape* self, int64_t n, int64_t k, int bits, int group, bool zeros, int scales) {
+                 new (self) QuantShape{n, k, bits, group, zeros, DType(scales)};
              },
-             "n"_a, "k"_a, "bits"_a, "group"_a, "zeros"_a)
+             "n"_a, "k"_a, "bits"_a, "group"_a, "zeros"_a, "scales"_a)
         .def_prop_ro("bytes", [](const QuantShape& shape) { return packed_bytes(shape); });
     m.def("quant_pack_weight",
           [](const QuantShape& shape, Address q, Address scales, Address zeros, Address packed) {
-              pack_weight(shape, at<uint8_t>(q), at<float>(scales), at<uint8_t>(zeros), at<char>(packed));
+              pack_weight(shape, at<uint8_t>(q), at<void>(scales), at<uint8_t>(zeros), at<char>(packed));
           },
           "shape"_a, "q"_a, "scales"_a, "zeros"_a, "packed"_a, Unlocked());
     m.def("quant_pack_rounded",

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <memory>
 
+#include "bf16.h"
 #include "kernels.h"
 #include "memory.h"
 #include "pool.h"
@@ -22,17 +23,17 @@ void put(const QuantShape& s, char* group_data, int i, int c, int value) {
     else data[step / 2 * step_bytes + byte] |= char(value << (step % 2 * 4));
 }
 
-void pack_block(const QuantShape& s, const uint8_t* q, const float* scales, const uint8_t* zeros, int64_t block,
+void pack_block(const QuantShape& s, const uint8_t* q, const char* scales, const uint8_t* zeros, int64_t block,
                 char* out) {
-    const int64_t groups = s.groups();
+    const int64_t groups = s.groups(), width = dtype_bytes(s.scales);
     for (int64_t g = 0; g < groups; g++, out += s.group_bytes()) {
         std::memset(out, 0, size_t(s.group_bytes()));
         for (int i = 0; i < group_rows; i++) {
             const int64_t row = block * group_rows + i;
             if (row >= s.n) break;
-            std::memcpy(out + i * 4, scales + row * groups + g, 4);
+            std::memcpy(out + i * width, scales + (row * groups + g) * width, size_t(width));
             const int32_t zero = zeros ? zeros[row * groups + g] : 1 << (s.bits - 1);
-            if (s.zeros) std::memcpy(out + group_rows * 4 + i * 4, &zero, 4);
+            if (s.zeros) std::memcpy(out + s.scales_bytes() + i * 4, &zero, 4);
             for (int c = 0; c < s.group; c++) {
                 const int64_t column = g * s.group + c;
                 put(s, out, i, c, column < s.k ? q[row * s.k + column] : zero);
@@ -47,10 +48,7 @@ void load_floats(const Matrix& m, int64_t row, int64_t column, int64_t count, in
         std::memcpy(out, static_cast<const float*>(m.data) + row * m.stride + column, size_t(count) * 4);
     } else {
         const uint16_t* from = static_cast<const uint16_t*>(m.data) + row * m.stride + column;
-        for (int64_t c = 0; c < count; c++) {
-            const uint32_t bits = uint32_t(from[c]) << 16;
-            std::memcpy(out + c, &bits, 4);
-        }
+        for (int64_t c = 0; c < count; c++) out[c] = from_bf16(from[c]);
     }
     std::fill(out + count, out + group, 0.0f);
 }
@@ -65,7 +63,7 @@ struct Rounding {
 // `compare`: sum the squared errors, too.
 void round_to(const float* x, int group, float extreme, float most, int middle, bool compare, Rounding& out) {
     constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-    const float scale = most < 0 ? extreme / most : (extreme < 0 ? -extreme : extreme) / most;
+    const float scale = from_bf16(to_bf16(most < 0 ? extreme / most : (extreme < 0 ? -extreme : extreme) / most));
     const float divisor = scale != 0 ? scale : 1.0f, low = float(-middle), high = float(middle - 1);
     float rounded[128];
     for (int c = 0; c < group; c++) {
@@ -114,7 +112,8 @@ void round_block(const QuantShape& s, const Matrix& w, int64_t block, char* out)
             const int64_t column = g * s.group;
             load_floats(w, block * group_rows + i, column, std::min<int64_t>(s.group, s.k - column), s.group, x);
             const Rounding rounded = round_group(x, s.group, s.bits);
-            std::memcpy(out + i * 4, &rounded.scale, 4);
+            const uint16_t scale = to_bf16(rounded.scale);
+            std::memcpy(out + i * 2, &scale, 2);
             char* data = out + s.header_bytes() + i * 4;
             for (int c = 0; c < s.group; c += 4, data += c % (32 / s.bits) ? 0 : step_bytes) {
                 uint8_t four[4];
@@ -136,12 +135,12 @@ Matrix rows_from(Matrix m, int64_t row) {
 
 size_t packed_bytes(const QuantShape& shape) { return size_t(shape.blocks() * shape.block_bytes()); }
 
-void pack_weight(const QuantShape& shape, const uint8_t* q, const float* scales, const uint8_t* zeros, char* packed) {
+void pack_weight(const QuantShape& shape, const uint8_t* q, const void* scales, const uint8_t* zeros, char* packed) {
     const std::shared_ptr<Pool> held = current_pool();
     Shares shares(shape.blocks(), held->size());
     held->run([&](int worker) {
         shares.each(worker, [&](int64_t block) {
-            pack_block(shape, q, scales, zeros, block, packed + block * shape.block_bytes());
+            pack_block(shape, q, static_cast<const char*>(scales), zeros, block, packed + block * shape.block_bytes());
         });
     });
 }

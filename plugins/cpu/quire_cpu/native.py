@@ -162,21 +162,23 @@ class QuantizedLinear:
 
 
 def pack_integers(q: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, group: int) -> QuantizedLinear:
-    """The weight (q - zeros) * scales: q uint8 [n, k] below 2**bits, scales float32 and zeros uint8 [n, k / group].
+    """The weight (q - zeros) * scales: q uint8 [n, k] below 2**bits, scales float32 or bfloat16 and zeros uint8
+    [n, k / group].
 
     ``zeros`` None: 2**(bits - 1) everywhere. The last group of a row may be short. Nothing is lost.
     """
     _check_format(bits, group)
     n, k = q.shape
     shape = (n, -(-k // group))
+    dtype_code("scales", scales)
     for name, tensor, dtype, wanted in (
-        ("q", q, torch.uint8, (n, k)), ("scales", scales, torch.float32, shape), ("zeros", zeros, torch.uint8, shape),
+        ("q", q, torch.uint8, (n, k)), ("scales", scales, scales.dtype, shape), ("zeros", zeros, torch.uint8, shape),
     ):  # fmt: skip
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != wanted):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {wanted}")
     q, scales = q.contiguous(), scales.contiguous()
     zeros = None if zeros is None else zeros.contiguous()
-    native_shape = _native.QuantShape(n, k, bits, group, zeros is not None)
+    native_shape = _native.QuantShape(n, k, bits, group, zeros is not None, DTYPES[scales.dtype])
     buffer = _native.Buffer(native_shape.bytes)
     _native.quant_pack_weight(
         native_shape, q.data_ptr(), scales.data_ptr(), 0 if zeros is None else zeros.data_ptr(), buffer.address
@@ -196,7 +198,7 @@ def pack_quantized(weight: Tensor, bits: int, group: int) -> QuantizedLinear:
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] < 1:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected [out, in]")
     n, k = weight.shape
-    shape = _native.QuantShape(n, k, bits, group, False)
+    shape = _native.QuantShape(n, k, bits, group, False, DTYPES[torch.bfloat16])
     buffer = _native.Buffer(shape.bytes)
     _native.quant_pack_rounded(shape, rows_of("weight", check_rows("weight", weight, (n, k))), buffer.address)
     return QuantizedLinear(n, k, bits, group, shape, buffer, weight.dtype)

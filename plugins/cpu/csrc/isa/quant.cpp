@@ -12,9 +12,12 @@ constexpr int x_step = columns_per_step * x_integer_bytes;  // bytes of a step o
 // The integer sums, the operands of two steps (4 bits) and a broadcast have to fit in the registers.
 constexpr int max_rows = REGISTERS == 32 ? (x_integer_bytes == 1 ? (32 - 2 * NV - 1) / NV : 10) : W == 8 ? 2 : 1;
 constexpr int64_t panel_bytes = 32 << 10;  // of weights: what several tiles of x share before moving on
-// What a single tile fetches ahead, in bytes; isa/linear.cpp says why it depends on the rows.
-constexpr int few_rows = 9;
-constexpr int64_t ahead_of_few = 2048, ahead_of_many = 8192;
+// What a single tile fetches ahead, in bytes: both lines of a step, or some processors' own prefetchers fall behind.
+#if defined(__AMX_INT8__)
+constexpr int64_t bytes_ahead = 1024;
+#else
+constexpr int64_t bytes_ahead = 4096;
+#endif
 
 // Bytes of a group of a tile of x.
 QUIRE_INLINE int64_t x_group_bytes(const QuantShape& s, int rows) {
@@ -42,20 +45,19 @@ void multiply(const QuantShape& shape, const char* w, const char* x, int64_t gro
         VRaw total[ROWS][NV];
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; r++) {
-            int32_t x_sum;
-            memcpy(&x_sum, x_header + ROWS * 4 + r * 4, 4);
+            int32_t offset;
+            memcpy(&offset, x_header + (ROWS + r) * 4, 4);
 #pragma GCC unroll 8
             for (int j = 0; j < NV; j++) {
-                total[r][j] = ZEROS ? subtract_product(set1_raw(0), load_raw(header + group_rows * 4 + j * W * 4),
-                                                       set1_raw(x_sum))
-                                    : set1_raw(-x_sum * (1 << (BITS - 1)));
+                total[r][j] = set1_raw(offset);
+                if (ZEROS) total[r][j] = multiply_raw(total[r][j], load_raw(header + shape.scales_bytes() + j * W * 4));
                 own_register(total[r][j]);
             }
         }
         int s = 0;
         do {
             prefetch_l2(ahead);
-            if (ROWS > few_rows) prefetch_l2(ahead + 64);
+            prefetch_l2(ahead + 64);
             ahead += ahead_step;
             VRaw low[NV], high[NV];
 #pragma GCC unroll 8
@@ -71,9 +73,15 @@ void multiply(const QuantShape& shape, const char* w, const char* x, int64_t gro
             w += step_bytes;
             x += ROWS * x_step * (8 / BITS);
         } while ((s += 8 / BITS) < steps);
+        // What follows is kept out of the loop's registers.
+#pragma GCC unroll 32
+        for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 8
+            for (int j = 0; j < NV; j++) own_register(total[r][j]);
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) {
-            const VF scale = load(reinterpret_cast<const float*>(header) + j * W);
+            const VF scale = shape.scales == DType::bf16 ? load(reinterpret_cast<const bf16*>(header) + j * W)
+                                                         : load(reinterpret_cast<const float*>(header) + j * W);
 #pragma GCC unroll 32
             for (int r = 0; r < ROWS; r++) {
                 float x_scale;
@@ -106,8 +114,7 @@ QUIRE_INLINE void sums_of(const QuantArgs& a, int64_t block, int64_t tile0, int6
     const int64_t groups = s.groups(), count = tile1 - tile0, row0 = a.tiles.begin(tile0);
     // As in linear: one tile fetches a fixed distance ahead; several share a panel, and fetch the next one together.
     const int64_t panel = larger<int64_t>(1, panel_bytes / s.group_bytes());
-    const int64_t far = a.tiles.size(tile0) > few_rows ? ahead_of_many : ahead_of_few;
-    const int64_t ahead = smaller(groups, (far + s.group_bytes() - 1) / s.group_bytes());
+    const int64_t ahead = smaller(groups, (bytes_ahead + s.group_bytes() - 1) / s.group_bytes());
     const int64_t group_steps = s.group * s.bits / 32;  // of the inner loop, each of step_bytes
     const int64_t ahead_step = (s.group_bytes() + group_steps * count - 1) / (group_steps * count);
     for (int64_t g = 0, end; g < groups; g = end) {
@@ -160,8 +167,9 @@ void pack_tile(const QuantXArgs& a, int64_t tile) {
             int32_t sum;
             const T* x = static_cast<const T*>(a.x.data) + (row0 + r) * a.x.stride;
             quantize(x, g * s.group, s.k, s.group, q, scale, sum);
+            const int32_t offset = s.zeros ? -sum : -sum * (1 << (s.bits - 1));
             memcpy(out + r * 4, &scale, 4);
-            memcpy(out + rows * 4 + r * 4, &sum, 4);
+            memcpy(out + rows * 4 + r * 4, &offset, 4);
             char* to = out + rows * 8 + r * x_step;
             for (int i = 0; i < s.group; i += columns_per_step, to += rows * x_step) {
                 if (x_integer_bytes == 1) {

@@ -96,9 +96,7 @@ QUIRE_INLINE VF dot_bf16(VF acc, VRaw w, const void* x) {
 QUIRE_INLINE VRaw set1_raw(int32_t x) { return {_mm512_set1_epi32(x)}; }
 QUIRE_INLINE VRaw low_nibbles(VRaw a) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(15))}; }
 QUIRE_INLINE VRaw high_nibbles(VRaw a) { return low_nibbles({_mm512_srli_epi16(a.v, 4)}); }
-QUIRE_INLINE VRaw subtract_product(VRaw a, VRaw b, VRaw c) {
-    return {_mm512_sub_epi32(a.v, _mm512_mullo_epi32(b.v, c.v))};
-}
+QUIRE_INLINE VRaw multiply_raw(VRaw a, VRaw b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 // Hides from the compiler that two registers start with the same value: it would share them, then copy in every round.
 QUIRE_INLINE void own_register(VRaw& a) { asm("" : "+v"(a.v)); }
 QUIRE_INLINE VF to_float(VRaw a) { return {_mm512_cvtepi32_ps(a.v)}; }

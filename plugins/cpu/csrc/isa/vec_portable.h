@@ -121,7 +121,7 @@ QUIRE_INLINE void store(uint16_t* p, VF a) {
 QUIRE_INLINE VRaw set1_raw(int32_t x) { return {uint4{uint32_t(x), uint32_t(x), uint32_t(x), uint32_t(x)}}; }
 QUIRE_INLINE VRaw low_nibbles(VRaw a) { return {a.v & 0x0f0f0f0fu}; }
 QUIRE_INLINE VRaw high_nibbles(VRaw a) { return {(a.v >> 4) & 0x0f0f0f0fu}; }
-QUIRE_INLINE VRaw subtract_product(VRaw a, VRaw b, VRaw c) { return {a.v - b.v * c.v}; }
+QUIRE_INLINE VRaw multiply_raw(VRaw a, VRaw b) { return {a.v * b.v}; }
 QUIRE_INLINE void own_register(VRaw&) {}
 QUIRE_INLINE VF to_float(VRaw a) { return {__builtin_convertvector((int4)a.v, float4)}; }
 QUIRE_INLINE void store_s8(int8_t* p, VF a) {
