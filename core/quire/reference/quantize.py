@@ -22,7 +22,8 @@ def quantize(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """(q uint8 [n, k], scales bfloat16 [n, k / group]) with weight [n, k] ~ (q - 2**(bits - 1)) * scales.
 
     8 bits: the largest magnitude of a group becomes 127. 4 bits: of a few scales around those that make the largest
-    magnitude -8 or 7, the one with the least squared error. Scales are rounded to bfloat16 first. The last group of a row may be short.
+    magnitude -8 or 7, the one with the least squared error. Scales are rounded to bfloat16 before the integers are chosen.
+    The last group of a row may be short.
     """
     n, k = weight.shape
     middle = 1 << (bits - 1)
