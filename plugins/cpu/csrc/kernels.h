@@ -19,7 +19,7 @@ struct Kernels {
                           float* scratch);
     // Linear with integer weights: see quant.h.
     int quant_tile_rows, quant_x_step;
-    void (*quant_pack_x)(const QuantXArgs& args, int64_t tile);
+    void (*quant_pack_x)(const QuantXArgs& args, int64_t tile, int64_t group0, int64_t group1);
     void (*quant_block)(const QuantArgs& args, int64_t block, int64_t tile0, int64_t tile1, float* scratch);
     // Attention: see attention.h. Bytes of working memory that a task of so many rows (queries times group) needs.
     int64_t (*attention_scratch)(const AttentionArgs& args, int rows);

@@ -173,15 +173,20 @@ void linear(const QuantCall& c) {
         args.results.bias_type = c.bias_type;
         args.results.residual = rows_from(c.residual, row);
         args.results.out = rows_from(c.out, row);
-        const bool alone = workers == 1 || tiles.tiles == 1 || rows * s.k <= pack_alone;
+        const bool alone = workers == 1 || rows * s.k <= pack_alone;
         if (alone)
-            for (int64_t tile = 0; tile < tiles.tiles; tile++) isa.quant_pack_x(pack, tile);
+            for (int64_t tile = 0; tile < tiles.tiles; tile++) isa.quant_pack_x(pack, tile, 0, s.groups());
+        // Few tiles are packed in pieces of some groups.
+        const int64_t pieces = std::min((4 * workers + tiles.tiles - 1) / tiles.tiles, s.groups());
         const int64_t blocks = args.results.groups();
         const int64_t parts = std::min((4 * workers + blocks - 1) / blocks, tiles.tiles);
-        Shares packing(tiles.tiles, workers), work(blocks * parts, workers);
+        Shares packing(tiles.tiles * pieces, workers), work(blocks * parts, workers);
         threads.run([&](int worker) {
             if (!alone) {
-                packing.each(worker, [&](int64_t tile) { isa.quant_pack_x(pack, tile); });
+                packing.each(worker, [&](int64_t item) {
+                    const int64_t piece = item % pieces;
+                    isa.quant_pack_x(pack, item / pieces, s.groups() * piece / pieces, s.groups() * (piece + 1) / pieces);
+                });
                 threads.barrier();
             }
             thread_local Scratch scratch;

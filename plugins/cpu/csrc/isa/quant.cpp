@@ -134,33 +134,37 @@ QUIRE_INLINE void sums_of(const QuantArgs& a, int64_t block, int64_t tile0, int6
 }
 
 // One row's group of columns from `column` on: integers, their sum, and the scale, which is NaN if anything was not
-// finite.
+// finite. What is too small to be scaled counts as zero.
 template <class T>
 void quantize(const T* x, int64_t column, int64_t k, int group, int8_t* integers, float& scale, int32_t& sum) {
     float values[128];
-    VF top = zero(), odd = zero();
+    VF top = zero();
     for (int i = 0; i < group; i += W) {
         const int n = int(smaller<int64_t>(W, k - column - i));
         const VF v = n > 0 ? load_first(x + column + i, n) : zero();
         store(values + i, v);
         top = max(abs(v), top);
-        odd = odd + v * zero();
     }
     const float largest = reduce_max(top);
-    const VF inverse = set1(largest > 0 ? 127.0f / largest : 0.0f);
-    scale = largest / 127.0f + reduce_add(odd);
-    sum = 0;
-    for (int i = 0; i < group; i += W) store_s8(integers + i, min(set1(127.0f), load(values + i) * inverse));
-    for (int i = 0; i < group; i++) sum += integers[i];
+    const VF inverse = set1(largest > 1e-30f ? 127.0f / largest : 0.0f);
+    VF total = zero();  // exact: integers below 2^24. What is not finite has become NaN here: it, or infinity times zero
+    for (int i = 0; i < group; i += W) {
+        const VF v = round(max(set1(-127.0f), min(set1(127.0f), load(values + i) * inverse)));
+        store_s8(integers + i, v);
+        total = total + v;
+    }
+    const float exact = reduce_add(total);
+    scale = exact == exact ? largest / 127.0f : exact;
+    sum = exact == exact ? int32_t(exact) : 0;
 }
 
 template <class T>
-void pack_tile(const QuantXArgs& a, int64_t tile) {
+void pack_tile(const QuantXArgs& a, int64_t tile, int64_t group0, int64_t group1) {
     const QuantShape& s = a.shape;
     const int rows = a.tiles.size(tile);
     const int64_t row0 = a.tiles.begin(tile);
-    char* out = a.packed + row0 * s.groups() * x_group_bytes(s, 1);
-    for (int64_t g = 0; g < s.groups(); g++, out += x_group_bytes(s, rows)) {
+    char* out = a.packed + row0 * s.groups() * x_group_bytes(s, 1) + group0 * x_group_bytes(s, rows);
+    for (int64_t g = group0; g < group1; g++, out += x_group_bytes(s, rows)) {
         for (int r = 0; r < rows; r++) {
             int8_t q[128 + W];
             float scale;
@@ -185,9 +189,9 @@ void pack_tile(const QuantXArgs& a, int64_t tile) {
 
 }  // namespace
 
-void quant_pack_x(const QuantXArgs& a, int64_t tile) {
-    if (a.x.type == DType::bf16) pack_tile<bf16>(a, tile);
-    else pack_tile<float>(a, tile);
+void quant_pack_x(const QuantXArgs& a, int64_t tile, int64_t group0, int64_t group1) {
+    if (a.x.type == DType::bf16) pack_tile<bf16>(a, tile, group0, group1);
+    else pack_tile<float>(a, tile, group0, group1);
 }
 
 void quant_block(const QuantArgs& a, int64_t block, int64_t tile0, int64_t tile1, float* scratch) {

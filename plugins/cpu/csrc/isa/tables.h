@@ -11,7 +11,7 @@ void pack_x(const PackXArgs& args, int64_t tile);
 void linear_groups(const LinearArgs& args, int64_t group0, int64_t group1, int64_t tile0, int64_t tile1, float* scratch);
 struct QuantLimits { int rows, x_step; };
 extern const QuantLimits quant_limits;
-void quant_pack_x(const QuantXArgs& args, int64_t tile);
+void quant_pack_x(const QuantXArgs& args, int64_t tile, int64_t group0, int64_t group1);
 void quant_block(const QuantArgs& args, int64_t block, int64_t tile0, int64_t tile1, float* scratch);
 int64_t attention_scratch(const AttentionArgs& args, int rows);
 void attention_task(const AttentionArgs& args, const AttentionTask& task, char* scratch);
