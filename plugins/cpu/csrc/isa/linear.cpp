@@ -11,10 +11,8 @@ namespace {
 
 constexpr int NV = group_rows / W;      // vectors of a group
 
-// How far ahead of its use a single tile fetches a line. With few rows the hardware's prefetchers keep up by
-// themselves, and fetching more than they do only delays them; with more, a step takes so long that they fall behind.
-constexpr int few_rows = 6;
-constexpr int steps_ahead_of_few = 16, steps_ahead_of_many = 64;
+// How far ahead of its use a single tile fetches a step: both of its lines, or some processors read half as fast.
+constexpr int64_t steps_ahead = 64;
 
 // acc[ROWS][32] (+)= w * x over `steps` steps, meanwhile fetching `ahead` onwards at `ahead_step` bytes a step.
 template <class Dot, int ROWS>
@@ -25,9 +23,10 @@ void multiply(const char* w, const char* x, int64_t steps, float* acc, bool firs
 #pragma GCC unroll 8
         for (int j = 0; j < NV; j++) a[r][j] = first ? zero() : load(acc + r * group_rows + j * W);
     for (int64_t block = 0; block < steps; block += step_block) {
+#pragma GCC unroll 1  // unrolled, few rows spend their time on addresses to fetch
         for (int s = 0; s < step_block; s++) {
             prefetch_l2(ahead);
-            if (ROWS > few_rows) prefetch_l2(ahead + 64);
+            prefetch_l2(ahead + 64);
             ahead += ahead_step;
             multiply_step<Dot, ROWS, NV>(a, w, w + step_bytes / 2, x, step_block * Dot::x_bytes);
             w += step_bytes;
@@ -53,9 +52,8 @@ template <class Dot>
 struct Product {
     static constexpr int max_rows = rows_in_registers<Dot>(NV);
 
-    QUIRE_MEMBER static int64_t steps_ahead(int rows) {
-        return rows > few_rows ? steps_ahead_of_many : steps_ahead_of_few;
-    }
+    static constexpr int64_t ahead = steps_ahead;
+
     QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
                                  uintptr_t ahead, int ahead_step) {
         multiply_rows<Dot, max_rows>(rows, w, x, steps, acc, first, ahead, ahead_step);
@@ -116,7 +114,7 @@ struct Product<DotTiles> {
 
     // A tile of W reads every other line of 2 KB: its lines are asked for in order before that, not far ahead, so that
     // the hardware's prefetcher sees one stream.
-    QUIRE_MEMBER static int64_t steps_ahead(int) { return 12; }
+    static constexpr int64_t ahead = 12;
 
     ~Product() { _tile_release(); }
     QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
@@ -164,9 +162,8 @@ struct Task {
 
     // One tile streams through the weights, fetching a fixed distance ahead.
     QUIRE_MEMBER void stream() {
-        const int64_t far = Product<Dot>::steps_ahead(a.tiles.size(tile0));
         // A whole number of blocks: a tile takes one at a time.
-        const int64_t ahead = smaller(a.steps, far), turn = (a.steps - ahead) / step_block * step_block;
+        const int64_t ahead = smaller(a.steps, Product<Dot>::ahead), turn = (a.steps - ahead) / step_block * step_block;
         for (int64_t group = group0; group < group1; group++) {
             for (int64_t half = 0; half < halves; half++) {
                 const char* w = weight(group, half);
