@@ -39,7 +39,8 @@ void scores_of(const char* const k[2], const char* q, int64_t q_block_bytes, int
 }
 
 // VECTORS vectors of channels, from byte `offset` of a step on, of weights * values over some blocks of keys, for ROWS
-// queries. Meanwhile fetches the blocks that `ahead` points to, if any.
+// queries. Meanwhile fetches the same part of the blocks that `ahead` points to, if any: what all parts fetch together
+// then comes evenly over the time that they take.
 template <class Dot, int ROWS, int VECTORS>
 void values_of(const char* const* v, const char* const* ahead, int first, int last, int64_t offset, int64_t step_stride,
                const char* p, float* out, int64_t out_stride) {
@@ -53,10 +54,11 @@ void values_of(const char* const* v, const char* const* ahead, int first, int la
         const char* w = v[b] + offset;
         const int begin = b * steps;
         const char* x = p + (begin / step_block * ROWS * step_block + begin % step_block) * Dot::x_bytes;
-        uintptr_t next = ahead ? reinterpret_cast<uintptr_t>(ahead[b]) : 0;
-        for (int s = 0; s < steps; s++, w += step_stride, x += Dot::x_bytes) {
-            if (next)
-                for (const uintptr_t end = next + step_stride; next < end; next += 64) prefetch_l2(next);
+        // Without a block ahead, what is near already is asked for.
+        uintptr_t next = reinterpret_cast<uintptr_t>(ahead && ahead[b] ? ahead[b] + offset : w);
+#pragma GCC unroll 1
+        for (int s = 0; s < steps; s++, w += step_stride, x += Dot::x_bytes, next += uintptr_t(step_stride)) {
+            for (int line = 0; line < VECTORS * W * 4; line += 64) prefetch_l2(next + uintptr_t(line));
             multiply_step<Dot, ROWS, VECTORS>(a, w, w + half, x, step_block * Dot::x_bytes);
         }
     }
@@ -226,7 +228,7 @@ void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row
     }
     const int64_t step_bytes = channels * 4;
     int64_t c = 0;
-    for (; c + 32 <= channels; c += 32, ahead = nullptr)
+    for (; c + 32 <= channels; c += 32)
         values_of_rows<Dot, max_rows<Dot>, 32 / W>(rows, blocks.v, ahead, blocks.first, blocks.last, c * 4, step_bytes,
                                                    w.m.weights, w.m.values + c, channels);
     if (c < channels)
