@@ -38,6 +38,8 @@ public:
     }
     const char* keys() const { return head() + place_ * key_bytes_; }
     const char* values() const { return head() + values_offset_ + place_ * value_bytes_; }
+    // As many bytes as a block's keys and values take, in the order of memory: those of a page's blocks are its all.
+    const char* piece() const { return head() + place_ * (key_bytes_ + value_bytes_); }
     void next() {
         if (++place_ < per_page_) return;
         place_ = 0;

@@ -12,13 +12,13 @@ namespace {
 template <class Dot>
 constexpr int max_rows = rows_in_registers<Dot>(32 / W);
 
-// The 32 scores of two blocks of keys for ROWS queries. Meanwhile fetches two blocks of as many bytes at `ahead`.
+// The 32 scores of two blocks of keys for ROWS queries. Meanwhile fetches as many bytes from `ahead` on.
 template <class Dot, int ROWS>
 void scores_of(const char* const k[2], const char* q, int64_t q_block_bytes, int64_t steps, float* out,
-               const char* const ahead[2]) {
+               const char* ahead) {
     constexpr int NV = 2 * key_block / W;
     const char *k0 = k[0], *k1 = k[1];
-    uintptr_t next0 = reinterpret_cast<uintptr_t>(ahead[0]), next1 = reinterpret_cast<uintptr_t>(ahead[1]);
+    uintptr_t next = reinterpret_cast<uintptr_t>(ahead);
     VF a[ROWS][NV];
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; r++)
@@ -26,9 +26,9 @@ void scores_of(const char* const k[2], const char* q, int64_t q_block_bytes, int
         for (int j = 0; j < NV; j++) a[r][j] = zero();
     for (int64_t block = 0; block < steps; block += step_block, q += q_block_bytes) {
         const int count = int(smaller<int64_t>(step_block, steps - block));
-        for (int s = 0; s < count; s++, k0 += 64, k1 += 64, next0 += 64, next1 += 64) {
-            prefetch_l2(next0);
-            prefetch_l2(next1);
+        for (int s = 0; s < count; s++, k0 += 64, k1 += 64, next += 128) {
+            prefetch_l2(next);
+            prefetch_l2(next + 64);
             multiply_step<Dot, ROWS, NV>(a, k0, k1, q + s * Dot::x_bytes, step_block * Dot::x_bytes);
         }
     }
@@ -39,8 +39,7 @@ void scores_of(const char* const k[2], const char* q, int64_t q_block_bytes, int
 }
 
 // VECTORS vectors of channels, from byte `offset` of a step on, of weights * values over some blocks of keys, for ROWS
-// queries. Meanwhile fetches the same part of the blocks that `ahead` points to, if any: what all parts fetch together
-// then comes evenly over the time that they take.
+// queries. Meanwhile fetches, for each block, as many bytes from its `ahead` on.
 template <class Dot, int ROWS, int VECTORS>
 void values_of(const char* const* v, const char* const* ahead, int first, int last, int64_t offset, int64_t step_stride,
                const char* p, float* out, int64_t out_stride) {
@@ -54,10 +53,9 @@ void values_of(const char* const* v, const char* const* ahead, int first, int la
         const char* w = v[b] + offset;
         const int begin = b * steps;
         const char* x = p + (begin / step_block * ROWS * step_block + begin % step_block) * Dot::x_bytes;
-        // Without a block ahead, what is near already is asked for.
-        uintptr_t next = reinterpret_cast<uintptr_t>(ahead && ahead[b] ? ahead[b] + offset : w);
+        uintptr_t next = reinterpret_cast<uintptr_t>(ahead[b]);
 #pragma GCC unroll 1
-        for (int s = 0; s < steps; s++, w += step_stride, x += Dot::x_bytes, next += uintptr_t(step_stride)) {
+        for (int s = 0; s < steps; s++, w += step_stride, x += Dot::x_bytes, next += VECTORS * W * 4) {
             for (int line = 0; line < VECTORS * W * 4; line += 64) prefetch_l2(next + uintptr_t(line));
             multiply_step<Dot, ROWS, VECTORS>(a, w, w + half, x, step_block * Dot::x_bytes);
         }
@@ -70,7 +68,7 @@ void values_of(const char* const* v, const char* const* ahead, int first, int la
 
 template <class Dot, int ROWS>
 void scores_of_rows(int rows, const char* const k[2], const char* q, int64_t q_block_bytes, int64_t steps, float* out,
-                    const char* const ahead[2]) {
+                    const char* ahead) {
     if (rows == ROWS) return scores_of<Dot, ROWS>(k, q, q_block_bytes, steps, out, ahead);
     if constexpr (ROWS > 1) scores_of_rows<Dot, ROWS - 1>(rows, k, q, q_block_bytes, steps, out, ahead);
 }
@@ -207,18 +205,56 @@ void find_blocks(const Work<Dot>& w, int64_t tile, Span seen, Blocks& blocks) {
     if (end % key_block && (f != l || begin % key_block == 0)) clean(l, w.m.clean + bytes);
 }
 
+// What comes after a tile, to be fetched while it is computed: in the order of memory, so that the processor's own
+// prefetchers see one stream and run ahead of it, and evenly over the time of both products.
+struct Ahead {
+    int64_t piece_bytes;                 // of a block's keys and values
+    const char* piece[blocks_of_tile];   // null beyond the last
+
+    // `at` bytes from the beginning; where nothing is to come, `instead`.
+    const char* place(int64_t at, const char* instead) const {
+        const char* from = piece[at / piece_bytes];
+        return from ? from + at % piece_bytes : instead;
+    }
+
+    // The tile after `tile` of the task or, after its last, the first of what this thread will probably do next.
+    template <class Dot>
+    bool find(const Work<Dot>& w, int64_t tile) {
+        const AttentionTask* task = &w.task;
+        int64_t end = w.position(w.rows - 1) + 1, next = tile + 1;
+        if (next >= task->tile1 || next * key_tile >= end) {
+            task = w.a.after;
+            if (!task) return false;
+            end = w.a.context_lens[task->sequence];
+            next = task->tile0;
+        }
+        const int64_t base = next * key_tile;
+        BlockWalk walk = BlockWalk::make(w.a, *task, base / key_block);
+        piece_bytes = w.a.layout.key_block_bytes() + w.a.layout.value_block_bytes();
+        for (int b = 0; b < blocks_of_tile; b++) {
+            piece[b] = nullptr;
+            if (base + b * key_block >= end) continue;
+            piece[b] = walk.piece();
+            walk.next();
+        }
+        return true;
+    }
+};
+
 // One tile of keys for rows row0 .. row0+rows-1, which all see some of it and lie in one tile of rows.
 template <class Dot>
-void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row0, int rows, const char* const* ahead) {
+void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row0, int rows, const Ahead* ahead) {
     const AttentionArgs& a = w.a;
     const int64_t base = tile * key_tile, channels = a.layout.value_dim();
     Blocks blocks;
     const Span seen = {visible(a, w.position(row0)).begin, w.position(row0 + rows - 1) + 1};
     find_blocks(w, tile, seen, blocks);
     const char* q = w.packed_q(row_tile) + (row0 - w.tiles.begin(row_tile)) * step_block * Dot::x_bytes;
+    const int64_t half = ahead ? ahead->piece_bytes / 2 : 0;  // what one block of keys, or of values, fetches
     for (int b = blocks.first; b < blocks.last; b += 2)
         scores_of_rows<Dot, max_rows<Dot>>(rows, blocks.k + b, q, w.q_block_bytes(row_tile), w.steps,
-                                           w.m.scores + b * key_block, blocks.v + b);
+                                           w.m.scores + b * key_block,
+                                           ahead ? ahead->place(b * half, blocks.k[b]) : blocks.k[b]);
     float maximum[16], sum[16];
     const int64_t packed_block = int64_t(rows) * step_block * Dot::x_bytes;
     for (int r = 0; r < rows; r++) {
@@ -227,13 +263,24 @@ void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row
                     r * step_block * Dot::x_bytes, packed_block, maximum[r], sum[r]);
     }
     const int64_t step_bytes = channels * 4;
+    const char* later[blocks_of_tile];
+    // The part of the second half of what comes next that products with channels from c on fetch.
+    const auto find_later = [&](int64_t c) {
+        for (int b = blocks.first; b < blocks.last; b++)
+            later[b] = ahead ? ahead->place(blocks_of_tile * half + (c * blocks_of_tile + b * 32) * half / channels, blocks.v[b])
+                             : blocks.v[b];
+    };
     int64_t c = 0;
-    for (; c + 32 <= channels; c += 32)
-        values_of_rows<Dot, max_rows<Dot>, 32 / W>(rows, blocks.v, ahead, blocks.first, blocks.last, c * 4, step_bytes,
+    for (; c + 32 <= channels; c += 32) {
+        find_later(c);
+        values_of_rows<Dot, max_rows<Dot>, 32 / W>(rows, blocks.v, later, blocks.first, blocks.last, c * 4, step_bytes,
                                                    w.m.weights, w.m.values + c, channels);
-    if (c < channels)
-        values_of_rows<Dot, max_rows<Dot>, 16 / W>(rows, blocks.v, ahead, blocks.first, blocks.last, c * 4, step_bytes,
+    }
+    if (c < channels) {
+        find_later(c);
+        values_of_rows<Dot, max_rows<Dot>, 16 / W>(rows, blocks.v, later, blocks.first, blocks.last, c * 4, step_bytes,
                                                    w.m.weights, w.m.values + c, channels);
+    }
     for (int r = 0; r < rows; r++) {
         const float* values = w.m.values + r * channels;
         if (w.task.partial < 0) {
@@ -253,21 +300,6 @@ Span rows_that_see(const Work<Dot>& w, int64_t tile) {
     const int64_t begin = larger<int64_t>(0, base - w.position0);
     const int64_t end = smaller<int64_t>(queries, base + key_tile - 1 + w.a.window - w.position0);
     return {begin * w.a.group, end * w.a.group};
-}
-
-// Pointers to the keys of the tile after `tile`, as far as the task goes on; `keys` is filled and returned, or null.
-template <class Dot>
-const char* const* keys_of_next(const Work<Dot>& w, int64_t tile, const char** keys) {
-    const int64_t last = w.position(w.rows - 1), base = (tile + 1) * key_tile;
-    if (tile + 1 >= w.task.tile1 || base > last) return nullptr;
-    BlockWalk walk = BlockWalk::make(w.a, w.task, base / key_block);
-    for (int b = 0; b < blocks_of_tile; b++) {
-        keys[b] = nullptr;
-        if (base + b * key_block > last) continue;
-        keys[b] = walk.keys();
-        walk.next();
-    }
-    return keys;
 }
 
 template <class Dot>
@@ -292,8 +324,8 @@ void attend(const AttentionArgs& a, const AttentionTask& task, char* scratch) {
     if (a.q.type == DType::bf16) pack_queries<Dot, bf16>(w);
     else pack_queries<Dot, float>(w);
     for (int64_t tile = task.tile0; tile < task.tile1; tile++) {
-        const char* keys[blocks_of_tile];
-        const char* const* ahead = keys_of_next(w, tile, keys);
+        Ahead next;
+        const Ahead* ahead = next.find(w, tile) ? &next : nullptr;
         const Span see = rows_that_see(w, tile);
         for (int64_t t = 0; t < w.tiles.tiles; t++) {
             const int64_t begin = larger(see.begin, w.tiles.begin(t)), end = smaller(see.end, w.tiles.begin(t + 1));
