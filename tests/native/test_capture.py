@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import torch
 
 from quire_cpu import native
@@ -66,3 +69,15 @@ def test_other_threads_are_not_recorded():
         return native.linear(x, w)
 
     assert len(capture(step, native.Arena()).tape) == 1
+
+
+def test_recording_does_not_import_torchs_compiler():
+    """It takes a second, which the first request would wait for."""
+    code = (
+        "import sys, torch; from quire_cpu import native; from quire_cpu.native_capture import capture\n"
+        "w, x = native.pack_linear(torch.randn(32, 32)), torch.randn(1, 32)\n"
+        "assert capture(lambda: native.linear(x, w).view(32), native.Arena()) is not None\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

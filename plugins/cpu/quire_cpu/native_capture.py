@@ -26,11 +26,19 @@ class NotRecordable(Exception):
 
 
 class _Refuse(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        if name not in _VIEWS:
-            raise NotRecordable(name)
-        return func(*args, **(kwargs or {}))
+    """While a step is recorded: what computes by torch is refused."""
+
+
+def _only_views(mode: _Refuse, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    name = func.overloadpacket.__name__
+    if name not in _VIEWS:
+        raise NotRecordable(name)
+    return func(*args, **(kwargs or {}))
+
+
+# Set, not defined in the class: what a class defines torch wraps in something that imports its compiler at the first
+# call, which would take a second of the first request.
+_Refuse.__torch_dispatch__ = _only_views  # type: ignore[assignment]
 
 
 class Recorded(CapturedStep):
