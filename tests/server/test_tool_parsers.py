@@ -135,6 +135,12 @@ TEXTS = {
             [PARIS, NOW],
         ),
         "malformed": ("<｜tool▁call▁begin｜>function<｜tool▁call▁end｜>", None, []),
+        "marks within JSON": (
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+            '{"x": "```<｜tool▁call▁end｜>"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+            "",
+            [("f", {"x": "```<｜tool▁call▁end｜>"})],
+        ),
     },
     "deepseek_v31": {
         "one": (
@@ -144,6 +150,11 @@ TEXTS = {
             [PARIS],
         ),
         "no JSON": ("<｜tool▁call▁begin｜>f<｜tool▁sep｜>x<｜tool▁call▁end｜>", None, []),
+        "a bracket that does not close": (
+            '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>',
+            '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"<｜tool▁call▁end｜>',
+            [NOW],
+        ),
     },
     "kimi_k2": {
         "two": (
@@ -161,6 +172,11 @@ TEXTS = {
             [PARIS, NOW],
         ),
         "no arguments": ("<|tool_call_begin|>functions.now:0<|tool_call_end|>", None, []),
+        "marks within JSON": (
+            '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"x": ["<|tool_call_end|>", "{"]}<|tool_call_end|>!',
+            "!",
+            [("f", {"x": ["<|tool_call_end|>", "{"]})],
+        ),
     },
     "glm45": {
         "types": (

@@ -49,7 +49,7 @@ class Glm45(typed.ByArgument, Forceable):
             text, ended, after = rest.partition("</arg_value>")
             if not (closed and opened and ended) or gap.strip() or after.strip():
                 return None
-            values[key.strip()] = self.value(text, schemas.get(key.strip()))
+            values[key.strip()] = self.argument(text, schemas.get(key.strip()))
         arguments = dump_arguments(values)
         return None if arguments is None else [Call(name, arguments)]
 

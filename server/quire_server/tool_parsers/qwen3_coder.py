@@ -58,7 +58,7 @@ class Qwen3Coder(typed.ByArgument, Forceable):
             text, closed, after = rest.rpartition("</parameter>")
             if not (opened and closed) or after.strip():
                 return None
-            values[key.strip()] = self.value(text.removeprefix("\n").removesuffix("\n"), schemas.get(key.strip()))
+            values[key.strip()] = self.argument(text.removeprefix("\n").removesuffix("\n"), schemas.get(key.strip()))
         arguments = dump_arguments(values)
         return None if arguments is None else [Call(name, arguments)]
 

@@ -35,7 +35,6 @@ class ByArgument(Framed):
     def __init__(self, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__(tools)
         self._lifted: deque[str] = deque()
-        self._lifting = True
 
     def function(self, head: str) -> str:
         """The name of the tool, from what stands before its first argument."""
@@ -66,37 +65,16 @@ class ByArgument(Framed):
             raw += tag, start
             body += tag, start
             size += len(text) + len(tag) + len(start)
-            lifted = "" if key is None else (yield from self._json(schemas.get(key), MAX_HELD - size))
+            lifted = ""
+            if key is not None and "string" not in _kinds(schemas.get(key)):
+                lifted = yield from self.value(self.END.strip(), MAX_HELD - size)
             if lifted:
                 size += len(lifted)
                 self._lifted.append(lifted)
                 raw.append(lifted)
                 body.append(LIFTED)
 
-    def _json(self, schema: Any, limit: int) -> Steps[str]:
-        """Consume the JSON array or object that comes next, if it is all there is to this value; else nothing, and "".
-
-        Once it was not, the values of this answer are read as bare text: nobody shall have text read again and again.
-        """
-        if not self._lifting or "string" in _kinds(schema) or limit <= 0:
-            return ""
-        text = yield from self.reader.space()
-        if not (yield from self.reader.ahead("[{")):
-            self.reader.back(text)
-            return ""
-        value, closed = yield from self.reader.value(limit=limit)
-        text += value
-        if closed:
-            text += yield from self.reader.space()
-            end = yield from self.reader.accept(self.END.strip())
-            if end:
-                self.reader.back(end)
-                return text
-        self._lifting = False
-        self.reader.back(text)
-        return ""
-
-    def value(self, text: str, schema: Any) -> Any:
+    def argument(self, text: str, schema: Any) -> Any:
         """What an argument's text of :meth:`body` stands for. To be asked in the order of the arguments."""
         return value(self._lifted.popleft() if LIFTED in text else text, schema)
 
