@@ -200,7 +200,12 @@ def main() -> int:
         for other in results[1:]:  # of the other engine the numbers say enough
             for name in ("wrong", "narrower", "refused"):
                 del other[name]
-        arguments.json.write_text(json.dumps({"draft": arguments.draft, "results": results}, indent=1) + "\n")
+        from quire.bench.environment import describe
+
+        environment = describe()
+        environment["command"] = ["bench/json_schema_suite.py"]  # its arguments are paths of this machine
+        content = {"draft": arguments.draft, "environment": environment, "results": results}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
     if arguments.table:
         before, _, after = arguments.table.read_text(encoding="utf-8").split(MARK)
         arguments.table.write_text(f"{before}{MARK}\n{markdown(results)}\n{MARK}{after}", encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import msgspec
 from pydantic_core import from_json, to_json
 
-from quire_server.limits import Limits, has_more_values
+from quire_server.limits import Limits, excess
 
 MAX_CUSTOM_ID = 512
 MAX_ERRORS = 100  # of one input that are told
@@ -126,10 +126,9 @@ class Input:
         if len(raw) > self.max_line_bytes:
             message = f"this line is longer than the limit of {self.max_line_bytes} bytes (--max-body-bytes)"
             raise LineError(number, "line_too_long", message)
-        if has_more_values(raw, self.limits.max_body_values):
-            most = self.limits.max_body_values
-            message = f"this line has more than {most} JSON values, the limit (--max-body-values)"
-            raise LineError(number, "too_many_values", message)
+        too_much = excess(raw, self.limits)
+        if too_much:
+            raise LineError(number, "too_many_values", f"this line has more {too_much}")
         return parse(raw, number, self.endpoints)
 
     def line(self, index: int) -> Line:

@@ -112,9 +112,12 @@ class Reader:
             yield
         return self.held > 0 and self._text[self._at] in characters
 
-    def back(self, tag: str) -> None:
-        """Put back what :meth:`until` or :meth:`body` has just returned."""
-        self._at -= len(tag)
+    def back(self, text: str) -> None:
+        """Put back what has just been consumed."""
+        if len(text) <= self._at:
+            self._at -= len(text)
+        else:  # its beginning came with an earlier piece
+            self._text, self._at = text + self._text[self._at :], 0
 
     def space(self, limit: int = 4096) -> Steps[str]:
         """Consume white space, at most ``limit`` characters of it."""

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from quire_server.errors import ApiError, from_validation
-from quire_server.limits import has_more_values
+from quire_server.limits import Limits, excess
 from quire_server.openai.base import Strict
 
 
@@ -25,18 +25,14 @@ class StrictRequest(Request):
         Millions of small parts take seconds to look at, however few of them a limit would allow.
         """
         body, server = await self.body(), self.app.state.server
-        most: int = server.limits.max_body_values
-        return await server.run(len(body), lambda: _parse(self.model, body, most))
+        return await server.run(len(body), lambda: _parse(self.model, body, server.limits))
 
 
-def _parse(model: type[Strict], body: bytes, most: int) -> Strict:
-    """Refuses NaN, lone surrogates and deep nesting too, each of which Python's own parser lets through or dies of.
-
-    No other thread has its turn while JSON is read, so the event loop waits: for 50 ms, with a million values.
-    """
-    if has_more_values(body, most):
-        message = f"the body has more than {most} JSON values, this server's limit (--max-body-values)"
-        raise ApiError(413, message, code="too_many_values")
+def _parse(model: type[Strict], body: bytes, limits: Limits) -> Strict:
+    """Refuses NaN, lone surrogates and deep nesting too, each of which Python's own parser lets through or dies of."""
+    too_much = excess(body, limits)
+    if too_much:
+        raise ApiError(413, f"the body has more {too_much}", code="too_many_values")
     try:
         value = from_json(body, allow_inf_nan=False)
     except ValueError as error:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from pydantic_core import from_json
 
-from quire_server.reader import Reader, Steps, Tags
+from quire_server.reader import MAX_HELD, Reader, Steps, Tags
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,15 +164,18 @@ _NEVER = Tags("\0never\0")
 
 
 class Framed(StepParser):
-    """Calls between two marks. ``FRAME`` are marks around groups of calls, which say nothing themselves."""
+    """Calls between two marks. ``FRAME`` are marks around groups of calls, which say nothing themselves; ``JSON`` is one
+    behind which the arguments are a JSON object, whose strings may hold CLOSE."""
 
     OPEN: str
     CLOSE: str
     FRAME: tuple[str, ...] = ()
+    JSON: str | None = None
 
     def __init__(self, tools: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__()
         self.tools = tools
+        self._json = True  # whether every bracket has been closed so far
 
     def read(self, body: str) -> list[Call] | None:
         """The calls of what stands between the marks; None: it is malformed."""
@@ -182,8 +185,48 @@ class Framed(StepParser):
         marks, close = Tags(self.OPEN, *self.FRAME), Tags(self.CLOSE)
         while mark := (yield from self.say_until(marks)):
             if mark == self.OPEN:
-                body, end = yield from self.reader.body(close)
-                self.give(self.read(body), self.OPEN + body + end)
+                head = yield from self._to_json()
+                body, end = yield from self.reader.body(close, max(MAX_HELD - len(head), 0))
+                self.give(self.read(head + body), self.OPEN + head + body + end)
+
+    def _to_json(self) -> Steps[str]:
+        """What stands up to the end of the JSON object, or less where there is none; CLOSE is not in it."""
+        head = ""
+        for mark in (self.JSON, "{"):
+            if mark is None:
+                return head
+            text, tag = yield from self.reader.body(Tags(mark, self.CLOSE), max(MAX_HELD - len(head), 0))
+            head += text
+            if tag != mark:
+                self.reader.back(tag)
+                return head
+            head += tag
+        self.reader.back("{")
+        return head[:-1] + (yield from self.value(limit=MAX_HELD - len(head)))
+
+    def value(self, end: str = "", limit: int = MAX_HELD) -> Steps[str]:
+        """Consume the JSON array or object that comes next, if it is closed and ``end`` follows; else nothing, and "".
+
+        Once it was not, no other is looked for in this answer: nobody shall have text read again and again.
+        """
+        if not self._json or limit <= 0:
+            return ""
+        text = yield from self.reader.space()
+        if not (yield from self.reader.ahead("[{")):
+            self.reader.back(text)
+            return ""
+        value, closed = yield from self.reader.value(limit=limit)
+        text += value
+        if closed and end:
+            text += yield from self.reader.space()
+            closed = bool((yield from self.reader.accept(end)))
+            if closed:
+                self.reader.back(end)
+        if closed:
+            return text
+        self._json = False
+        self.reader.back(text)
+        return ""
 
 
 def read_json(text: str) -> Any:

@@ -1,4 +1,7 @@
-"""An engine process in which some prompts are poison: a prompt's first token says where they end it."""
+"""An engine process in which some prompts are poison: a prompt's first token says where they end it.
+
+Given a file that holds a number, so many processes after one another end when a message comes, before they look at it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 ADMISSION, PLANNING, PREFILL, DECODE, HANG = 300, 301, 302, 303, 304
 DECODE_AT = 9  # output tokens
@@ -46,10 +50,27 @@ def poison() -> None:
     EngineCore.add, Scheduler.schedule, Runner._apply = poisoned_add, poisoned_schedule, poisoned_apply
 
 
+def die_before_looking(counter: Path) -> None:
+    from quire.engine.process import EngineServer
+
+    receive = EngineServer._receive
+
+    def dies_or_receives(self):
+        left = int(counter.read_text())
+        if left:
+            counter.write_text(str(left - 1))
+            crash()
+        receive(self)
+
+    EngineServer._receive = dies_or_receives
+
+
 if __name__ == "__main__":
     from quire.engine.process import main
 
     poison()
+    if len(sys.argv) > 1:
+        die_before_looking(Path(sys.argv[1]))
     status = main()
     sys.stdout.flush()
     os._exit(status)

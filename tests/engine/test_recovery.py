@@ -71,6 +71,34 @@ def test_poison_is_failed_by_itself(tiny, undisturbed, monkeypatch, caplog, pois
         assert "did not end within 6 s (--step-timeout 6)" in caplog.text
 
 
+def test_a_request_that_was_not_taken_in_is_not_to_blame(tiny, undisturbed, monkeypatch, caplog, tmp_path):
+    counter = tmp_path / "deaths"
+    counter.write_text("3")
+    monkeypatch.setattr(spare, "COMMAND", (sys.executable, str(Path(poisoned.__file__)), str(counter)))
+    caplog.set_level(logging.INFO, "quire.client")
+
+    async def scenario(llm):
+        return tokens(await whole(llm, PROMPTS[0], params(0))), llm.engine.restarts
+
+    assert with_engine(tiny, scenario, spare_process=False) == (undisturbed[0], 3)
+    assert "runs alone" not in caplog.text
+
+
+def test_a_request_that_only_waits_is_not_to_blame(tiny, undisturbed, monkeypatch, caplog):
+    """It has never been in a step while others end the engine four times."""
+    monkeypatch.setattr(spare, "COMMAND", (sys.executable, str(Path(poisoned.__file__))))
+    caplog.set_level(logging.INFO, "quire.client")
+
+    async def scenario(llm):
+        poisons = [whole(llm, [token, 5, 6], params(0)) for token in (poisoned.DECODE, poisoned.PREFILL)]
+        *bad, good = await asyncio.gather(*poisons, whole(llm, PROMPTS[0], params(0), request_id="waits"))
+        return [one.outputs[0].finish_reason for one in bad], tokens(good), llm.engine.restarts
+
+    reasons, good, restarts = with_engine(tiny, scenario, spare_process=False, max_num_seqs=1)
+    assert (reasons, good, restarts) == (["error", "error"], undisturbed[0], 4)
+    assert "request waits" not in caplog.text
+
+
 def recovery(*names: str) -> Recovery:
     one = Recovery()
     for name in names:
@@ -165,9 +193,11 @@ def test_the_journal_says_what_is_in_flight(tmp_path):
     writer.taking(0)
     writer.compiling(0)
     assert reader.read().requests == frozenset()
-    assert not reader.read().everyone
-    writer.blame_everyone()
-    assert reader.read().everyone
+    assert not reader.read().planning
+    writer.planning(True)
+    assert reader.read().planning
+    writer.planning(False)
+    assert not reader.read().planning
     writer.stepping(1e-9, True)
     record = reader.read()
     assert record.new_shape

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
 import json
+import os
 import signal
 import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -26,6 +30,7 @@ from quire_server.batch_lines import Input, parse
 from quire_server.batch_settings import BatchSettings
 from quire_server.batch_store import Store
 from quire_server.limits import Limits
+from quire_server.openai.files import UPLOADS_AT_ONCE
 from quire_server.run_batch import RunBatchError, run_batch
 from quire_server.state import Server, Settings
 
@@ -155,6 +160,41 @@ class TestFiles:
         with socket.create_connection(("127.0.0.1", live.port), timeout=20) as connection:
             connection.sendall(head + b"Content-Length: 1000\r\n\r\n--x\r\n")
             assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+    def test_what_is_spooled_is_bounded_and_goes_with_its_upload(self, make_live, monkeypatch, tmp_path):
+        """However an upload ends: whole, too long, or with its client gone."""
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        live = make_live(settings=batches(max_file_bytes=5 * 2**20))
+
+        def spooled() -> list[int]:
+            """Sizes of the files without a name that this process has open in the temporary folder."""
+            found = []
+            for number in os.listdir("/proc/self/fd"):
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"/proc/self/fd/{number}").startswith(f"{tmp_path}/#"):
+                        found.append(os.fstat(int(number)).st_size)
+            return found
+
+        form = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        head = b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        with contextlib.ExitStack() as open_ones:
+            for _ in range(UPLOADS_AT_ONCE):
+                one = socket.create_connection(("127.0.0.1", live.port), timeout=20)
+                open_ones.enter_context(one)
+                one.sendall(head + b"Content-Length: 5000000\r\n\r\n" + form + b"x" * 3 * 2**20)
+            assert eventually(lambda: len(spooled()) == UPLOADS_AT_ONCE and min(spooled()) >= 2**20, 20)
+            one_more = {"purpose": (None, b"batch"), "file": ("a", b"x" * 2 * 2**20)}
+            with live.http() as http:
+                assert http.post("/v1/files", files=one_more).status_code == 429
+        assert eventually(lambda: not spooled() and live.server.lifecycle.in_flight == 0, 20)
+        with live.http() as http:
+            assert http.post("/v1/files", files=one_more).status_code == 200
+            assert http.post("/v1/files", files={**one_more, "file": ("a", b"x" * 6 * 2**20)}).status_code == 413
+            chunks = itertools.chain([form], (b"x" * 2**16 for _ in range(200)))  # of a length that is not told before
+            headers = {"Content-Type": "multipart/form-data; boundary=x"}
+            assert http.post("/v1/files", content=chunks, headers=headers).status_code == 413
+        assert eventually(lambda: not spooled())
 
     def test_number_and_total_are_bounded(self, make_live):
         client = make_live(settings=batches(max_files=2)).openai()

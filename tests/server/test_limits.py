@@ -15,7 +15,7 @@ from test_command import parse
 
 from quire.sampling.params import ParamLimits
 from quire_server import cli, text
-from quire_server.limits import Limits, has_more_values
+from quire_server.limits import Limits, excess
 from quire_server.openai.chat_schema import MOST_PARTS, Message
 from quire_server.state import Settings
 
@@ -43,6 +43,7 @@ CASES = {
     "max_template_chars": (20, CHAT, {"chat_template": "{{ 1 }}{{documents}}"}, {"chat_template": "{{ 1 }} {{documents}}"}),
     "max_body_bytes": (100, TEXT, {"prompt": "x" * 50}, {"prompt": "x" * 100}),
     "max_body_values": (5, TEXT, {"prompt": [1, 2, 3, 4, 5]}, {"prompt": [1, 2, 3, 4, 5, 6]}),
+    "max_body_parts": (3, TEXT, {}, {"stop": "y"}),
 }  # fmt: skip
 ELSEWHERE = {
     "body_timeout": "test_broken_clients.py::test_body_in_drops",
@@ -96,10 +97,10 @@ def test_best_of_is_n(http):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("messages", [USER] * (MOST_PARTS + 1)),
-        ("messages", [{"role": "user", "content": [{"type": "text", "text": "x"}] * MOST_PARTS}]),
+        ("messages", [{}] * (MOST_PARTS + 1)),
+        ("messages", [{"role": "user", "content": [{"type": "text"}] * MOST_PARTS}]),
         ("messages", [{"role": "assistant", "tool_calls": [{"id": "1"}] * 9000}] * 2),
-        ("tools", [TOOL] * (MOST_PARTS + 1)),
+        ("tools", [{"type": "x"}] * (MOST_PARTS + 1)),
         ("documents", [{}] * (MOST_PARTS + 1)),
     ],
 )
@@ -120,22 +121,36 @@ def test_parts_are_counted_before_they_are_made_into_anything(http, monkeypatch,
     st.integers(1, 30),
     st.booleans(),
 )
-def test_values_are_counted_without_their_texts(value, most, compact):
-    """Every comma outside of a text stands before one more."""
+def test_values_and_parts_are_counted_without_what_is_in_texts(value, most, compact):
+    """Every comma outside of a text stands before one more value."""
 
     def commas(value):
         if isinstance(value, dict):
             return max(len(value) - 1, 0) + sum(map(commas, value.values()))
         return max(len(value) - 1, 0) + sum(map(commas, value)) if isinstance(value, list) else 0
 
+    def parts(value):
+        inside = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
+        return isinstance(value, str | list | dict) + sum(map(parts, inside))
+
     body = json.dumps(value, separators=(",", ":") if compact else None, ensure_ascii=False).encode()
-    assert has_more_values(body, most) == (commas(value) + 1 > most)
+    assert bool(excess(body, Limits(max_body_values=most))) == (commas(value) + 1 > most)
+    assert bool(excess(body, Limits(max_body_parts=most))) == (parts(value) > most)
 
 
-def test_many_values_are_refused_before_they_are_read(http, monkeypatch):
+@pytest.mark.parametrize("prompt", [[1] * (2**20 + 1), [[]] * 2**16, ["x"] * 2**16])
+def test_much_is_refused_before_it_is_read(http, monkeypatch, prompt):
     monkeypatch.setattr("quire_server.routing.from_json", None)
-    answer = http.post(TEXT, json={"prompt": [1] * (2**20 + 1)})
+    answer = http.post(TEXT, json={"prompt": prompt})
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_values")
+
+
+def test_arguments_of_a_call_are_counted_too(monkeypatch):
+    """A text within the body may itself be JSON."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": [' + "[]," * 2**16 + "1]}"}}
+    monkeypatch.setattr("quire_server.openai.chat_schema.from_json", None)
+    message = Message.model_validate({"role": "assistant", "tool_calls": [call]})
+    assert message.as_dict()["tool_calls"][0]["function"]["arguments"] == call["function"]["arguments"]
 
 
 def test_names_for_the_template_are_names(http, monkeypatch):

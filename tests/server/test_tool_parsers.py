@@ -135,6 +135,12 @@ TEXTS = {
             [PARIS, NOW],
         ),
         "malformed": ("<｜tool▁call▁begin｜>function<｜tool▁call▁end｜>", None, []),
+        "marks within JSON": (
+            "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>f\n```json\n"
+            '{"x": "```<｜tool▁call▁end｜>"}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>',
+            "",
+            [("f", {"x": "```<｜tool▁call▁end｜>"})],
+        ),
     },
     "deepseek_v31": {
         "one": (
@@ -144,6 +150,11 @@ TEXTS = {
             [PARIS],
         ),
         "no JSON": ("<｜tool▁call▁begin｜>f<｜tool▁sep｜>x<｜tool▁call▁end｜>", None, []),
+        "a bracket that does not close": (
+            '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>',
+            '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"<｜tool▁call▁end｜>',
+            [NOW],
+        ),
     },
     "kimi_k2": {
         "two": (
@@ -161,6 +172,11 @@ TEXTS = {
             [PARIS, NOW],
         ),
         "no arguments": ("<|tool_call_begin|>functions.now:0<|tool_call_end|>", None, []),
+        "marks within JSON": (
+            '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"x": ["<|tool_call_end|>", "{"]}<|tool_call_end|>!',
+            "!",
+            [("f", {"x": ["<|tool_call_end|>", "{"]})],
+        ),
     },
     "glm45": {
         "types": (
@@ -178,6 +194,24 @@ TEXTS = {
         ),
         "none": ("x\n<tool_call>now</tool_call>\n<tool_call>now\n</tool_call>", "x", [NOW, NOW]),
         "unknown": ("<tool_call>f<arg_key>a</arg_key><arg_value>x y</arg_value></tool_call>", "", [("f", {"a": "x y"})]),
+        "marks within JSON": (
+            "<tool_call>get_weather\n<arg_key>at</arg_key>\n<arg_value> "
+            '{"a": "</arg_value>\\"}</tool_call>", "b": ["<arg_key>"]} '
+            "</arg_value>\n<arg_key>city</arg_key>\n<arg_value>{\"</arg_value></tool_call>\n"
+            '<tool_call>f<arg_key>x</arg_key><arg_value>["</tool_call>", 1]</arg_value></tool_call>!',
+            "!",
+            [
+                ("get_weather", {"at": {"a": '</arg_value>"}</tool_call>', "b": ["<arg_key>"]}, "city": '{"'}),
+                ("f", {"x": ["</tool_call>", 1]}),
+            ],
+        ),
+        "a bracket that does not close": (
+            '<tool_call>f<arg_key>x</arg_key><arg_value>{"</arg_value><arg_key>y</arg_key><arg_value>[1] 2</arg_value>'
+            '<arg_key>z</arg_key><arg_value>{"a": 1}</arg_value></tool_call> and so on',
+            " and so on",
+            [("f", {"x": '{"', "y": "[1] 2", "z": {"a": 1}})],
+        ),
+        "JSON, cut off": ('<tool_call>f<arg_key>x</arg_key><arg_value>{"</arg_value></tool_call>', "", [("f", {"x": '{"'})]),
         "malformed": ("<tool_call>f<arg_key>a</arg_key>1</tool_call>", None, []),
         "JSON": ('<tool_call>{"name": "now"}</tool_call>', None, []),
     },
@@ -200,6 +234,22 @@ TEXTS = {
             "</function>\n<function=now>\n</function>\n</tool_call>",
             "Sure.",
             [PARIS, NOW],
+        ),
+        "marks within JSON": (
+            "<tool_call>\n<function=get_weather>\n<parameter=at>\n"
+            "{\"a\": \"</parameter>\\n</function></tool_call>\"}\n</parameter>\n"
+            "<parameter=city>\n</parameter>{</function>\n</parameter>\n</function>\n</tool_call>"
+            '<function=f><parameter=x>["</function>", "<parameter=y>"]</parameter></function>!',
+            "!",
+            [
+                ("get_weather", {"at": {"a": "</parameter>\n</function></tool_call>"}, "city": "</parameter>{</function>"}),
+                ("f", {"x": ["</function>", "<parameter=y>"]}),
+            ],
+        ),
+        "a bracket that does not close": (
+            '<tool_call><function=f><parameter=x>{"</parameter><parameter=y>{}</parameter></function></tool_call> and so on',
+            " and so on",
+            [("f", {"x": '{"', "y": {}})],
         ),
         "bare and cut off": ("<function=now>\n<parameter=x>\n1", None, []),
         "malformed": ("<tool_call>\n<function=now>\n<parameter=x>\n</function></tool_call>", None, []),

@@ -288,7 +288,8 @@ class EngineProcess:
                 future.set_exception(EngineRestarting("engine restarting"))
         reason = self._hung or f"the engine process ended with {_status(status)}"
         killed = self._hung is None and status == KILLED
-        suspects = self._suspects(self._journal.read(), killed) if was_up else []
+        signalled = self._hung is None and status < 0
+        suspects = self._suspects(self._journal.read(), signalled) if was_up else []
         self._fruitless += not suspects and not (was_up and killed)
         if self.info is None or self._fruitless > MAX_RESTARTS_IN_A_ROW:
             self.failure = self.failure or reason
@@ -318,12 +319,15 @@ class EngineProcess:
         if not self._closing:
             self.spawn()
 
-    def _suspects(self, record: Record, killed: bool) -> list[str]:
-        """The open requests that the engine was working on when it died. A crash outside of any step may be due to any
-        of them that it had been sent."""
-        if not record.everyone and (record.requests or killed):
-            return [name for name in self._open if digest(name) in record.requests]
-        return list(self._open) if self._recovery.probe is None else [self._recovery.probe]
+    def _suspects(self, record: Record, signalled: bool) -> list[str]:
+        """The open requests that the engine was working on when it died; one that only waited is never among them.
+
+        All that are in the engine when planning failed or did not end. A signal strikes a thread, and planning is Python
+        beside the device's step: it is put down to the requests in steps.
+        """
+        if record.planning and not signalled:
+            return list(self._open) if self._recovery.probe is None else [self._recovery.probe]
+        return [name for name in self._open if digest(name) in record.requests]
 
     async def _guard(self, process: subprocess.Popen[bytes]) -> None:
         """Kill an engine that does not come to the end of a step, or whose loop does not come back to its sockets."""

@@ -51,16 +51,15 @@ class EngineCore:
     def fill(self, done: Callable[[], None] | None = None) -> None:
         """Plan steps until enough are in flight. ``done`` is called from the worker thread as each one ends."""
         while len(self._in_flight) < self.depth:
-            try:
-                plan = self.scheduler.schedule()
-            except Exception:
-                if self.journal is not None:
-                    self.journal.blame_everyone()
-                raise
+            if self.journal is not None:
+                self.journal.planning(self.scheduler.has_work())
+            plan = self.scheduler.schedule()
+            if self.journal is not None:
+                if plan is not None:
+                    self.journal.begin(plan.step, map(digest, self.scheduler.newest_step()))
+                self.journal.planning(False)
             if plan is None:
                 return
-            if self.journal is not None:
-                self.journal.begin(plan.step, map(digest, self.scheduler.newest_step()))
             future: Future[StepResult] = Future()
             if done is not None:
                 future.add_done_callback(lambda _: done())

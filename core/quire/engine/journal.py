@@ -20,7 +20,7 @@ from pathlib import Path
 
 STEPS = 2  # that may be in flight
 COMPILING = STEPS  # the slot after theirs: requests whose grammar is being compiled
-_HEAD = struct.Struct("=dQBdB")  # loop busy since, request being taken in, all are suspects, step since, new shape
+_HEAD = struct.Struct("=dQBdB")  # loop busy since, request being taken in, planning, step since, new shape
 _COUNT = struct.Struct("=I")
 
 
@@ -35,7 +35,7 @@ class Record:
     """What a journal said when it was read."""
 
     requests: frozenset[int]  # digests: in a step in flight, being compiled or taken in
-    everyone: bool  # the fault is in planning, so any request may be to blame
+    planning: bool  # the engine's loop was deciding who runs next, or failed at that
     busy_for: float  # seconds that the engine's loop has been away from its sockets; 0: it waits there
     step_for: float  # seconds that the oldest step in flight has been running; 0: none
     new_shape: bool  # no step of its size has been run before: kernels may be compiled, graphs captured
@@ -69,8 +69,9 @@ class Journal:
         """A message about this request is decoded and acted on; 0: no more."""
         struct.pack_into("=Q", self._map, 8, request)
 
-    def blame_everyone(self) -> None:
-        struct.pack_into("=B", self._map, 16, 1)
+    def planning(self, under_way: bool) -> None:
+        """Who runs next is being decided, among all that wait and run. An error there leaves the note as it is."""
+        struct.pack_into("=B", self._map, 16, under_way)
 
     def stepping(self, since: float, new_shape: bool) -> None:
         """The oldest step in flight runs since ``since`` (time.monotonic()); 0: none does."""
@@ -95,7 +96,7 @@ class Journal:
 
     # -- the client reads ------------------------------------------------------------------------------------------
     def read(self) -> Record:
-        busy, taking, everyone, since, new_shape = _HEAD.unpack_from(self._map, 0)
+        busy, taking, planning, since, new_shape = _HEAD.unpack_from(self._map, 0)
         found = {taking} if taking else set()
         for slot in range(STEPS + 1):
             at = _HEAD.size + slot * self._slot
@@ -104,7 +105,7 @@ class Journal:
         now = time.monotonic()
         return Record(
             frozenset(found),
-            bool(everyone),
+            bool(planning),
             max(now - busy, 0.0) if busy else 0.0,
             max(now - since, 0.0) if since else 0.0,
             bool(new_shape),

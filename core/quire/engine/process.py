@@ -41,6 +41,9 @@ from quire.message import (
 
 logger = logging.getLogger("quire.engine")
 
+CHECK_AFTER_MS = 1000
+"""Idleness after which the books are checked: with many pages that takes tens of ms, for which a request would wait."""
+
 HEAVY = ("quire.engine.build", "quire.engine.runner", "quire.weights.load")
 """What an engine imports whatever its device; none of it touches one."""
 
@@ -95,14 +98,13 @@ class EngineServer:
             busy = self.core.has_work() or bool(self.compiling)
             if not busy and self.draining:
                 return
-            if not busy and self.integrity_check and not idle_checked:
-                self.core.scheduler.check()
-                idle_checked = True
             self.journal.idle()
             ready = dict(poller.poll(self._patience(busy, idle_checked)))
             self.journal.busy()
-            if self.inbox in ready:
-                self._receive()
+            if not ready and not busy:
+                self.core.scheduler.check()
+                idle_checked = True
+            if self.inbox in ready and self._receive():
                 idle_checked = False
             if self.wake.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
@@ -123,10 +125,12 @@ class EngineServer:
         """Milliseconds to sleep at most; None: until a message or a finished step."""
         if self.core.has_work() and not self.core.in_flight:
             return 20  # work that could not be planned now, e.g. only deadlines to wait for
-        return None if busy or idle_checked or not self.integrity_check else 0
+        return None if busy or idle_checked or not self.integrity_check else CHECK_AFTER_MS
 
-    def _receive(self) -> None:
+    def _receive(self) -> bool:
+        """Take what has come; whether anything of it was more than a question."""
         refused: list[SampleOutput] = []
+        acted = False
         while True:
             try:
                 about, frame = self.inbox.recv_multipart(zmq.NOBLOCK)
@@ -135,12 +139,15 @@ class EngineServer:
             # Noted before the message is so much as decoded: if that ends the process, it is known whose it was.
             self.journal.taking(digest(about.decode()) if about else 0)
             try:
-                refused += self._handle(self.decoder.decode(frame))
+                message = self.decoder.decode(frame)
+                acted |= not isinstance(message, StatsQuery)
+                refused += self._handle(message)
             except msgspec.DecodeError as error:
                 logger.error("dropped a message that does not decode: %s", error)
             self.journal.taking(0)
         if refused:
             self.send(StepOutputs(refused))
+        return acted
 
     def _take_compiled(self) -> bool:
         """Pass on what waits for its grammar no longer; whether there was anything."""

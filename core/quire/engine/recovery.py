@@ -1,9 +1,9 @@
 """Who is to blame when the engine dies, and in which order what was open goes on.
 
-Suspects of a death are the requests that the engine was working on (see journal.py); all others are beyond blame. After a
-crash each suspect is *probed*: it runs alone, for a few tokens more than it had. One that crashes the engine alone,
-having been there when it crashed before, is condemned; one that gets through is cleared. Bits do not depend on company,
-so whoever watches the stream sees no difference.
+Suspects of a death are the requests that the engine was working on (see journal.py). All others are beyond blame: those
+that only wait, however many deaths they wait through. After a crash each suspect is *probed*: it runs alone, for a few
+tokens more than it had. One that crashes the engine alone, having been there when it crashed before, is condemned; one
+that gets through is cleared. Bits do not depend on company, so whoever watches the stream sees no difference.
 
 A SIGKILL comes from outside and says little: its suspects are probed when they were there twice without a token in
 between, and condemned after ``MAX_KILLS``, the last of them alone: so ends a request for whose memory the system kills

@@ -10,7 +10,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import from_json
 
 from quire_server.errors import ApiError, refuse, refused_field
-from quire_server.limits import Limits
+from quire_server.limits import Limits, excess
 from quire_server.openai.base import Strict
 from quire_server.openai.fields import REFUSED, CacheKey, GenerationFields, Int32, Metadata
 from quire_server.openai.structure import Form, of_calls
@@ -98,6 +98,8 @@ class Message(Strict):
 
 def _object(arguments: str) -> Any:
     """Templates write arguments as JSON, so they get the object; what is none stays the text that the model wrote."""
+    if excess(arguments.encode(errors="surrogatepass"), Limits()):  # a text within the body, which was not looked into
+        return arguments
     try:
         value = from_json(arguments, allow_inf_nan=False)
     except ValueError:

@@ -84,7 +84,7 @@ function numbers({ view, out, ttft, itl }) {
   const rows = {
     Running: number(view.running), Waiting: number(view.waiting), "Swapped": number(view.swapped),
     "Tokens/s": number(out), "Step tok/seqs": `${number(view.batch_tokens)} / ${number(view.batch_requests)}`,
-    "Pages in use": `${number(used)} of ${number(view.pages_total)}`,
+    [`Pages of ${number(view.pages_total)}`]: number(used),
     "Prefix hits": view.prefix_queries ? `${Math.round(100 * view.prefix_hits / view.prefix_queries)} %` : "–",
     TTFT: milliseconds(ttft[0]), ITL: milliseconds(itl[0]),
   };

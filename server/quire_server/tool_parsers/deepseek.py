@@ -14,7 +14,7 @@ class DeepSeek(Framed, Forceable):
     special_tokens = True
     OPEN, CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
     FRAME = ("<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>")
-    SEPARATOR = "<｜tool▁sep｜>"
+    SEPARATOR = JSON = "<｜tool▁sep｜>"
     BETWEEN = "\n"
 
     def read(self, body: str) -> list[Call] | None:

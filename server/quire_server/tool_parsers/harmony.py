@@ -1,5 +1,6 @@
 """Harmony, the form of gpt-oss (https://cookbook.openai.com/articles/openai-harmony): messages with a header that names
-a channel and maybe a recipient. It says reasoning and calls alike, so one parser serves as both kinds."""
+a channel and maybe a recipient. It says reasoning and calls alike, so one parser serves as both kinds. The
+marks are special tokens, so a call's JSON is taken to end with the next one, wherever that stands."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class KimiK2(Framed, Forceable):
     special_tokens = True
     OPEN, CLOSE = "<|tool_call_begin|>", "<|tool_call_end|>"
     FRAME = ("<|tool_calls_section_begin|>", "<|tool_calls_section_end|>")
-    ARGUMENTS = "<|tool_call_argument_begin|>"
+    ARGUMENTS = JSON = "<|tool_call_argument_begin|>"
 
     def read(self, body: str) -> list[Call] | None:
         head, separator, text = body.partition(self.ARGUMENTS)

@@ -1,5 +1,6 @@
 """Qwen3-Coder: ``<tool_call><function=NAME><parameter=KEY>VALUE</parameter></function></tool_call>``. Values are bare
-text between line breaks. The model now and then leaves out the outer marks, of which the first does no harm."""
+text between line breaks, which cannot hold ``</tool_call>``, or JSON, whose strings can. The model now and then leaves out
+the outer marks, of which the first does no harm."""
 
 from __future__ import annotations
 
@@ -7,31 +8,41 @@ from collections.abc import Sequence
 from typing import Any
 
 from quire_server.reader import Steps, Tags
-from quire_server.tool_calls import Call, Framed, dump_arguments
+from quire_server.tool_calls import Call, dump_arguments
 from quire_server.tool_grammar import Forceable, Grammar, Opening, Tool, literal
 from quire_server.tool_parsers import typed
 
 
-class Qwen3Coder(Framed, Forceable):
+class Qwen3Coder(typed.ByArgument, Forceable):
     OPEN, CLOSE = "<tool_call>", "</tool_call>"
     BARE = "<function="
+    FIRST = "<parameter="
     AGAIN = "\n"
     START, END = "<parameter=NAME>\n", "\n</parameter>\n"
     MARKS = ("<parameter=", "</function>", CLOSE)  # that no bare text may hold
 
     def steps(self) -> Steps[None]:
-        marks, close, end_of_bare = Tags(self.OPEN, self.BARE), Tags(self.CLOSE), Tags("</function>")
+        marks = Tags(self.OPEN, self.BARE)
         while mark := (yield from self.say_until(marks)):
-            body, end = yield from self.reader.body(close if mark == self.OPEN else end_of_bare)
-            raw = mark + body + end
+            raw, body, end = yield from self.body(self.CLOSE if mark == self.OPEN else "</function>")
             if mark == self.OPEN:
-                self.give(self.read(body), raw)
+                self.give(self.read(body), mark + raw + end)
                 continue
-            calls = self.read(raw)
-            self.give(calls, raw)
+            calls = self.read(mark + body + end)
+            self.give(calls, mark + raw + end)
             if calls is not None:
                 yield from self.reader.space()
                 yield from self.reader.accept(self.CLOSE)
+
+    def function(self, head: str) -> str:
+        return head.rpartition(self.BARE)[2].partition(">")[0].strip()
+
+    def key(self) -> Steps[tuple[str, str | None]]:
+        name, tag = yield from self.reader.body(Tags("<", ">"), 256)
+        if tag != ">":
+            self.reader.back(tag)
+            return name, None
+        return name + tag, name.strip()
 
     def read(self, body: str) -> list[Call] | None:
         function, closed, after = body.strip().rpartition("</function>")
@@ -47,7 +58,7 @@ class Qwen3Coder(Framed, Forceable):
             text, closed, after = rest.rpartition("</parameter>")
             if not (opened and closed) or after.strip():
                 return None
-            values[key.strip()] = typed.value(text.removeprefix("\n").removesuffix("\n"), schemas.get(key.strip()))
+            values[key.strip()] = self.argument(text.removeprefix("\n").removesuffix("\n"), schemas.get(key.strip()))
         arguments = dump_arguments(values)
         return None if arguments is None else [Call(name, arguments)]
 

@@ -1,13 +1,15 @@
-"""Arguments that a format writes as bare text get their types from the tool's JSON schema."""
+"""Formats that write arguments one by one: strings as bare text, all else as JSON, told apart by the tool's JSON schema."""
 
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 from quire.sampling.json_schema import FORMATS
-from quire_server.tool_calls import read_json
+from quire_server.reader import MAX_HELD, Steps, Tags
+from quire_server.tool_calls import Framed, read_json
 from quire_server.tool_grammar import TEXT, CannotWrite, Grammar, Tool, literal, pattern, without
 
 ANNOTATIONS = frozenset(
@@ -18,6 +20,63 @@ ANNOTATIONS = frozenset(
 )  # fmt: skip
 _OF_OBJECTS = ANNOTATIONS | {"type", "properties", "required", "additionalProperties"}
 _OF_TEXTS = ANNOTATIONS | {"type", "enum", "const", "pattern", "minLength", "maxLength", "format"}
+
+
+LIFTED = "\ud800"  # stands for a JSON value that was taken out; half a surrogate pair is in no text
+
+
+class ByArgument(Framed):
+    """Calls whose arguments stand between marks, one by one. A JSON object or array ends with its bracket, so that its
+    strings may hold any text, those marks too. A bare string ends with the next mark: that it holds one cannot be told."""
+
+    FIRST: str  # begins an argument
+    END: str  # ends its value; white space around it is the format's
+
+    def __init__(self, tools: Sequence[dict[str, Any]] = ()) -> None:
+        super().__init__(tools)
+        self._lifted: deque[str] = deque()
+
+    def function(self, head: str) -> str:
+        """The name of the tool, from what stands before its first argument."""
+        raise NotImplementedError
+
+    def key(self) -> Steps[tuple[str, str | None]]:
+        """Read on to where a value begins: (what was read, the argument's name or None if no value begins there). Nothing
+        that was read holds FIRST or the mark that closes a call."""
+        raise NotImplementedError
+
+    def body(self, close: str) -> Steps[tuple[str, str, str]]:
+        """Up to the mark that closes a call: (the text, the same with LIFTED for each JSON value, that mark)."""
+        tags = Tags(self.FIRST, close)
+        raw: list[str] = []
+        body: list[str] = []
+        schemas: dict[str, Any] | None = None
+        size = 0
+        self._lifted.clear()
+        while True:
+            text, tag = yield from self.reader.body(tags, max(MAX_HELD - size, 0))
+            raw.append(text)
+            body.append(text)
+            if tag != self.FIRST:
+                return "".join(raw), "".join(body), tag
+            if schemas is None:
+                schemas = properties(self.tools, self.function(text))
+            start, key = yield from self.key()
+            raw += tag, start
+            body += tag, start
+            size += len(text) + len(tag) + len(start)
+            lifted = ""
+            if key is not None and "string" not in _kinds(schemas.get(key)):
+                lifted = yield from self.value(self.END.strip(), MAX_HELD - size)
+            if lifted:
+                size += len(lifted)
+                self._lifted.append(lifted)
+                raw.append(lifted)
+                body.append(LIFTED)
+
+    def argument(self, text: str, schema: Any) -> Any:
+        """What an argument's text of :meth:`body` stands for. To be asked in the order of the arguments."""
+        return value(self._lifted.popleft() if LIFTED in text else text, schema)
 
 
 def properties(tools: Sequence[dict[str, Any]], name: str) -> dict[str, Any]:
