@@ -229,7 +229,7 @@ def product_cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], in
     """Products of every kind of weight with few, some and many rows, with their sums cut and not, gated and by expert;
     then what goes before and after them."""
     dots = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-    halved = configs.E4M3.get(arch) == torch.float8_e4m3fnuz
+    halved = configs.e4m3(arch) == torch.float8_e4m3fnuz
     e4m3 = tl.float8e4b8 if halved else tl.float8e4nv
     kinds = [("dense", 0, "dense"), ("int8-128", 128, "int8"), ("int4-32", 32, "int4"), ("int4-128", 128, "int4")]
     kinds += [("w8a8", 0, "both")] + [("fp8", 0, "both")] * ("fp8" in configs.formats(arch))
