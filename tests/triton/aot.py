@@ -34,6 +34,7 @@ from quire_triton.kernels import (
     logit_peaks,
     logit_sums,
     moe,
+    penalize,
     quantize_rows,
     rms_norm,
     rotary,
@@ -67,7 +68,7 @@ POINTERS = {
     "chosen_ptr": "*i64", "ids_ptr": "*i64", "ranks_ptr": "*i64", "sums_ptr": "*i64", "uniform_ptr": "*fp64",
     "x_scales_ptr": "*fp32", "parts_ptr": "*fp32", "arrived_ptr": "*i32",
     "order_ptr": "*i32", "owner_ptr": "*i32", "counts_ptr": "*i32", "experts_ptr": "*i64", "gates_ptr": "*fp32",
-    "logits_ptr": "*fp32",
+    "logits_ptr": "*fp32", "rows_ptr": "*i64", "penalties_ptr": "*fp32",
 }  # fmt: skip
 CODES = {"k_ptr", "v_ptr", "keys_ptr", "values_ptr"}  # of a cache in 8 bits
 TOKENS = {logit_groups.logit_groups_kernel, sample.sample_kernel, sample_wide.sample_wide_kernel}  # what they return
@@ -219,6 +220,7 @@ def sampling() -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]:
     for cut in (False, True):
         constants = dict(GROUP=group, BLOCK=block, BLOCK_B=512, MOST=most, CUT=cut)
         yield f"sample-{cut}", sample.sample_kernel, "fp32", constants, 8, 2
+    yield "penalize", penalize.penalize_kernel, "fp32", dict(BLOCK=penalize.BLOCK), 4, 2
     yield "sample-wide", sample_wide.sample_wide_kernel, "fp32", dict(BLOCK=2 * block), 8, 2
     for top, warps in ((0, 4), (32, 4), (256, 8)):
         constants = dict(GROUP=group, BLOCK_B=512, MOST=most, TOP=top)

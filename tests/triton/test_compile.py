@@ -97,7 +97,7 @@ def test_every_product_compiles_and_fits(arch, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_small_and_latent_caches_and_sampling_compile_and_fit(arch, tmp_path):
-    names = {"decode-fp8-128", "latent-prefill-bf16-128", "write-fp8", "sample-True"}
+    names = {"decode-fp8-128", "latent-prefill-bf16-128", "write-fp8", "sample-True", "penalize"}
     rows = compiled(arch, "$|".join(names) + "$", tmp_path)
     assert {row["name"] for row in rows} == names
     check(arch, rows)
@@ -108,5 +108,5 @@ def test_small_and_latent_caches_and_sampling_compile_and_fit(arch, tmp_path):
 def test_every_configuration_compiles_and_fits(arch, tmp_path):
     rows = compiled(arch, "", tmp_path)
     assert len(rows) >= 90
-    assert len({row["kernel"] for row in rows}) >= 21
+    assert len({row["kernel"] for row in rows}) >= 22
     check(arch, rows)

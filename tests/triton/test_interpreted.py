@@ -70,8 +70,8 @@ def test_pointwise_operations_of_the_kit(tmp_path):
 
 
 def test_latent_attention_and_sampling_of_the_kit(tmp_path):
-    keyword = "latent and (-16 or float8) or logprobs and 1000-0 or noise or greedy or masked or minus_one or no_rows"
-    assert len(kit(tmp_path, "attention,sampling", keyword)) >= 9
+    keyword = "latent and (-16 or float8) or logprobs and 1000-0 or noise or greedy or masked or minus_one or no_rows or penal"
+    assert len(kit(tmp_path, "attention,sampling", keyword)) >= 12
 
 
 def test_products_of_the_kit(tmp_path):

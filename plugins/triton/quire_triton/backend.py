@@ -43,9 +43,9 @@ MOST_EXPERTS = 1024  # that one program chooses from
 
 
 class TritonOps(Backend):
-    """Attention, KV writes, norms, rotary, activations, page copies, sampling, experts and products of rounded weights in
-    Triton, on whatever device torch has Triton for. Dense products are torch's library's or Triton's as a table says; where bits
-    must not depend on the batch they are all Triton's."""
+    """Attention, KV writes, norms, rotary, activations, page copies, penalties, sampling, experts and products of rounded
+    weights in Triton, on whatever device torch has Triton for. Dense products are torch's library's or Triton's as a table
+    says; where bits must not depend on the batch they are all Triton's."""
 
     without_kernels: str | None = "the device is not open"
     """Why the references compute; None where the kernels do."""
@@ -179,6 +179,13 @@ class TritonOps(Backend):
     # -- sampling --------------------------------------------------------------------------------------------------
     def _samples(self, logits: Tensor) -> bool:
         return self.without_kernels is None and logits.dtype == torch.float32 and logits.shape[1] <= MOST_TOKENS
+
+    def penalize(self, logits: Tensor, rows: Tensor, ids: Tensor, penalties: Tensor) -> None:
+        if self.without_kernels is not None or logits.dtype != torch.float32 or logits.stride(1) != 1:
+            return super().penalize(logits, rows, ids, penalties)
+        from quire_triton.kernels.penalize import penalize
+
+        return penalize(logits, rows, ids, penalties)
 
     def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
         if not self._samples(logits):
