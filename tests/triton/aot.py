@@ -139,6 +139,13 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
                     )
                     name = f"{'decode' if decode else 'prefill'}-{dtype}-{dim}{'-window-cap-sinks' if window else ''}"
                     yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
+    for dtype, dims in (("bf16", (64, 128, 256)), ("fp32", (128,))):
+        for dim in dims:
+            tile = configs.attention_of_any(arch, 4 if dtype == "fp32" else 2, dim, 4)
+            for decode in (False, True):
+                constants = attention_constants(tile, decode, D=dim, BLOCK_D=dim, PARTED=not decode, DOT=dots[dtype])
+                name = f"invariant-{dtype}-{dim}-{'decode' if decode else 'prefill'}"
+                yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
     yield (
         "merge", attention_merge.attention_merge_kernel, "bf16",
         dict(HQ=32, GROUP=4, D=128, BLOCK_D=128, BLOCK_Q=1, SINKS=True, TILES=False), 2, 2,
@@ -166,7 +173,7 @@ def attention_constants(tile: configs.Tile, decode: bool, group: int = 4, **more
     return dict(
         HQ=32, GROUP=group, REST=0, BLOCK_R=0, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
         BLOCK_Q=1 if decode else max(1, tile.rows // group), WINDOW=False, CAP=False, SINKS=False, EIGHT_BITS=0,
-        TILES=not decode, SPLIT=decode, DOT=tl.bfloat16,
+        TILES=not decode, SPLIT=decode, PARTED=False, DOT=tl.bfloat16,
     ) | dict(PAGE=16) | more  # fmt: skip
 
 
@@ -194,6 +201,13 @@ def caches(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]
             )  # fmt: skip
             name = f"latent-{'decode' if decode else 'prefill'}-{'fp8' if eight_bits else dtype}-{heads}"
             yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
+    tile = configs.latent(arch, 2, False, 128)
+    for decode in (False, True):
+        constants = attention_constants(
+            tile, decode, 128, HQ=128, D=512, BLOCK_D=512, REST=64, BLOCK_R=64, PAGE=64, PARTED=not decode
+        )
+        name = f"latent-invariant-{'decode' if decode else 'prefill'}-bf16-128"
+        yield name, attention.attention_kernel, "bf16", constants, tile.warps, tile.stages
     write = dict(WIDTH=1024, BLOCK_T=1, BLOCK=1024, LATENT=False)
     yield "write", write_kv.write_kv_kernel, "bf16", write, 4, 2
     for fp8 in (False, True):

@@ -84,6 +84,16 @@ _DECODE: dict[str, dict[int, Tile]] = {
     "gfx1100": {64: Tile(16, 32, 2, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
     "other": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
 }
+# The same for any number of queries (batch-invariant): fewer rows than prefill has, since decoding fills few of them, and
+# registers for the sums of the parts before; where there is no row, prefill's.
+_ANY: dict[str, dict[int, Tile]] = {
+    "sm_80": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
+    "sm_86": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
+    "sm_90": {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "sm_100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
+    "gfx1100": {64: Tile(32, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
 _SAME_AS = {"sm_89": "sm_86", "sm_120": "sm_86", "gfx90a": "gfx942", "gfx950": "gfx942"}
 # Latent attention's, 576 channels of which 512 are values: architecture -> (prompts, decode).
 _LATENT: dict[str, tuple[Tile, Tile]] = {
@@ -129,7 +139,7 @@ _PRODUCT: dict[str, dict[str, tuple[Product, Product, Product]]] = {
     },
     "sm_86": {
         "dense": (Product(16, 64, 64, 4, 4), Product(64, 64, 64, 4, 3), Product(64, 128, 32, 4, 3)),
-        "integers": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 4, 3), Product(64, 128, 32, 8, 3)),
+        "integers": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 4, 2), Product(64, 128, 32, 8, 3)),
         "both": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 4, 4), Product(128, 128, 64, 8, 3)),
     },
     "sm_90": {
@@ -243,6 +253,15 @@ def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int 
                 rows *= 2
             return Tile(rows, tile.keys, tile.warps, tile.stages)
     raise ValueError(f"head_dim is {head_dim}; the attention kernel goes to 256")
+
+
+def attention_of_any(arch: str, itemsize: int, head_dim: int, group: int = 1) -> Tile:
+    """The tile for any number of queries, where bits must not depend on it. Raises ValueError as :func:`attention`."""
+    tile = attention(arch, itemsize, head_dim, False)
+    if itemsize <= 2:
+        table = _ANY.get(_SAME_AS.get(arch, arch), {})
+        tile = next((own for largest, own in table.items() if head_dim <= largest), tile)
+    return replace(tile, rows=max(tile.rows, 1 << (group - 1).bit_length()))
 
 
 def latent(arch: str, itemsize: int, decode: bool, group: int) -> Tile:
