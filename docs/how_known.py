@@ -133,27 +133,39 @@ def write(content: Mapping[str, Any], file: Path) -> None:
     file.write_text(f'{start},\n "functions": {{\n' + ",\n".join(lines) + "\n }\n}\n")
 
 
-def gather() -> None:
+HERE = ("cpu", "cpu-torch", "example", INTERPRETED)
+"""What any machine can run the kit on."""
+
+
+def gather(chosen: Sequence[str] = HERE) -> None:
     """Run the kit on what this machine has, and on the kernels under the interpreter; write bench/results/kit-*.json.
 
     All reports are made before any is written, so that all name the commit without the files' own change.
     """
     made: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for device in ("cpu", "cpu-torch", "example"):
+        for device in (one for one in chosen if one != INTERPRETED):
             file = Path(folder) / f"{device}.json"
             command = ["-m", "quire.cli.main", "conformance", "--device", device, "--json", str(file)]
             subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
             made[device] = json.loads(file.read_text())
-        tests = ["tests/triton/test_interpreted.py", "-m", "exhaustive", f"--basetemp={folder}/interpreted"]
-        subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True)
-        reports = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("interpreted/**/report.json"))]
-        for invariant in (False, True):
-            same = [report for report in reports if report["batch_invariant"] == invariant]
-            name = f"{INTERPRETED}-invariant" if invariant else INTERPRETED
-            made[name] = {**same[0], "cases": [case for report in same for case in report["cases"]]}
+        if INTERPRETED in chosen:
+            made |= interpreted(Path(folder))
     for device, report in made.items():
         write(condensed(report), RESULTS / f"kit-{device}.json")
+
+
+def interpreted(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name to report of the kit under the interpreter: opened as it is, and batch-invariant."""
+    tests = ["tests/triton/test_interpreted.py", "-m", "exhaustive", f"--basetemp={folder}/interpreted"]
+    subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True)
+    reports = [json.loads(file.read_text()) for file in sorted(folder.glob("interpreted/**/report.json"))]
+    made = {}
+    for invariant in (False, True):
+        same = [report for report in reports if report["batch_invariant"] == invariant]
+        cases = [case for report in same for case in report["cases"]]
+        made[f"{INTERPRETED}-invariant" if invariant else INTERPRETED] = {**same[0], "cases": cases}
+    return made
 
 
 # -- code: devices, operations, kernels ------------------------------------------------------------------------------
@@ -473,10 +485,13 @@ def page(evidence: Sequence[Evidence] | None = None) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
-    parser.add_argument("--evidence", action="store_true", help="run the kit first (a quarter of an hour)")
+    parser.add_argument(
+        "--evidence", nargs="*", choices=HERE, metavar="DEVICE",
+        help=f"run the kit first, on {', '.join(HERE)} (a quarter of an hour) or those that are named",
+    )  # fmt: skip
     args = parser.parse_args()
-    if args.evidence:
-        gather()
+    if args.evidence is not None:
+        gather(args.evidence or HERE)
     text = page()
     if args.check:
         current = PAGE.exists() and PAGE.read_text() == text

@@ -44,7 +44,8 @@ WHOLE = {
     "sampling": "",
     "model": "all and bfloat16 or together and float16 or swapped and float32 or recomputed and float32 or cached and bfloat16 "
     "or chunks and float16",
-    "company": "(24 or 96) or quantized or 48 or rotary or 52 or moe or sampling or logprobs or test_attention",
+    "company": "24-36 or 96-64 and float32 or quantized and float32 or 48 or rotary or 52 or moe or sampling or logprobs or "
+    "test_attention and heads2 or other_kv",
 }
 
 
@@ -79,7 +80,7 @@ def test_products_of_the_kit(tmp_path):
 
 
 def test_bits_of_the_kit_do_not_depend_on_company(tmp_path):
-    keyword = "sampling or logprobs or rotary or 52 or linear and 24 and False and float32"
+    keyword = "sampling or logprobs or rotary or 52 or 24-36 and False and float32"
     assert len(kit(tmp_path, "company", keyword)) >= 12
 
 
