@@ -157,7 +157,14 @@ def gather(chosen: Sequence[str] = HERE) -> None:
 
 def interpreted(folder: Path) -> dict[str, dict[str, Any]]:
     """Name to report of the kit under the interpreter: opened as it is, and batch-invariant."""
-    tests = ["tests/triton/test_interpreted.py", "-m", "exhaustive", f"--basetemp={folder}/interpreted"]
+    tests = [
+        "tests/triton/test_interpreted.py",
+        "-m",
+        "exhaustive",
+        "-x",
+        "--tb=short",
+        f"--basetemp={folder}/interpreted",
+    ]
     subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True)
     reports = [json.loads(file.read_text()) for file in sorted(folder.glob("interpreted/**/report.json"))]
     made = {}
