@@ -1,6 +1,6 @@
 """How each operation is known to work on each device: `python docs/how_known.py` writes docs/how-known.md, `--check` says
-whether it is current, `--evidence` first runs the conformance kit on the devices of this machine and the kernels'
-tests under Triton's interpreter (minutes) and keeps what they report.
+whether it is current, `--evidence` first runs the conformance kit on the devices of this machine and on the kernels under
+Triton's interpreter (a quarter of an hour) and keeps what they report.
 
 Nothing is listed by hand. What an operation is computed by is read from the plugins' classes; what was run, from reports of the
 conformance kit in bench/results (kit-*.json of this machine and the interpreter, gpu-*-kit*.json of bench/gpu.sh); what is
@@ -71,10 +71,13 @@ class Evidence:
     torch: str
     functions: dict[str, Function]
     batch_invariant: bool = False
+    attention_backend: str | None = None
     complete: bool = True
 
     def title(self) -> str:
-        mode = ", opened with --batch-invariant" if self.batch_invariant else ""
+        flags = ["--batch-invariant"] * self.batch_invariant
+        flags += [f"--attention-backend {self.attention_backend}"] if self.attention_backend else []
+        mode = f", opened with {' '.join(flags)}" if flags else ""
         whole = "" if self.complete else ", not all of the kit"
         return f"`{self.device}`{mode}: {self.hardware}, torch {self.torch}, {self.date}, commit {self.commit}{whole}"
 
@@ -106,6 +109,7 @@ def condensed(report: Mapping[str, Any]) -> dict[str, Any]:
         "hardware": f"{hardware.get('name', 'unknown')}{f' ({details})' if details else ''}",
         "date": (report.get("date") or "")[:10], "commit": (report.get("commit") or "unknown")[:12],
         "torch": report["torch"], "batch_invariant": bool(report.get("batch_invariant")),
+        "attention_backend": report.get("attention_backend"),
         "complete": report.get("complete", True), "functions": functions,
     }  # fmt: skip
 
@@ -129,25 +133,46 @@ def write(content: Mapping[str, Any], file: Path) -> None:
     file.write_text(f'{start},\n "functions": {{\n' + ",\n".join(lines) + "\n }\n}\n")
 
 
-def gather(exhaustive: bool) -> None:
-    """Run the kit on what this machine has, and the kernels' tests under the interpreter; write bench/results/kit-*.json.
+HERE = ("cpu", "cpu-torch", "example", INTERPRETED)
+"""What any machine can run the kit on."""
+
+
+def gather(chosen: Sequence[str] = HERE) -> None:
+    """Run the kit on what this machine has, and on the kernels under the interpreter; write bench/results/kit-*.json.
 
     All reports are made before any is written, so that all name the commit without the files' own change.
     """
     made: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for device in ("cpu", "cpu-torch", "example"):
+        for device in (one for one in chosen if one != INTERPRETED):
             file = Path(folder) / f"{device}.json"
             command = ["-m", "quire.cli.main", "conformance", "--device", device, "--json", str(file)]
             subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
             made[device] = json.loads(file.read_text())
-        chosen = ["-m", ""] if exhaustive else []
-        tests = ["tests/triton/test_interpreted.py", f"--basetemp={folder}/interpreted", *chosen]
-        subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True)
-        reports = [json.loads(file.read_text()) for file in sorted(Path(folder).glob("interpreted/**/report.json"))]
-        made[INTERPRETED] = {**reports[0], "cases": [case for report in reports for case in report["cases"]]}
+        if INTERPRETED in chosen:
+            made |= interpreted(Path(folder))
     for device, report in made.items():
         write(condensed(report), RESULTS / f"kit-{device}.json")
+
+
+def interpreted(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name to report of the kit under the interpreter: opened as it is, and batch-invariant."""
+    tests = [
+        "tests/triton/test_interpreted.py",
+        "-m",
+        "exhaustive",
+        "-x",
+        "--tb=short",
+        f"--basetemp={folder}/interpreted",
+    ]
+    subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, check=True)
+    reports = [json.loads(file.read_text()) for file in sorted(folder.glob("interpreted/**/report.json"))]
+    made = {}
+    for invariant in (False, True):
+        same = [report for report in reports if report["batch_invariant"] == invariant]
+        cases = [case for report in same for case in report["cases"]]
+        made[f"{INTERPRETED}-invariant" if invariant else INTERPRETED] = {**same[0], "cases": cases}
+    return made
 
 
 # -- code: devices, operations, kernels ------------------------------------------------------------------------------
@@ -275,15 +300,16 @@ def kit_functions() -> Iterator[str]:
                 yield f"{file.stem.removeprefix('test_')}.{node.name.removeprefix('test_')}"
 
 
-def beside_the_kit() -> Iterator[str]:
-    """Tests that run under the interpreter and are not the kit's: file, and what they are called."""
-    for file in sorted((ROOT / "tests/triton").glob("*cases.py")):
+def named_tests(*patterns: str) -> Iterator[str]:
+    """Tests that are not the kit's: file, and what they are called."""
+    for file in sorted(file for pattern in patterns for file in (ROOT / "tests/triton").glob(pattern)):
         names = [
             node.name.removeprefix("test_").replace("_", " ")
             for node in ast.parse(file.read_text()).body
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
         ]
-        yield f"- `{file.relative_to(ROOT)}`: {'; '.join(names)}."
+        if names:
+            yield f"- `{file.relative_to(ROOT)}`: {'; '.join(names)}."
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
@@ -299,6 +325,7 @@ class Known:
         self.evidence = list(evidence)
         self.interpreter: Any = Interpreted()
         self.compiled = compiled()
+        self.targets = list(dict.fromkeys(target for by_target in self.compiled.values() for target in by_target))
         self.operations = operations()
 
     def reports(self, device: str) -> list[tuple[int, Evidence]]:
@@ -442,13 +469,18 @@ def page(evidence: Sequence[Evidence] | None = None) -> str:
             for parameter in VALUES for value in known.values(parameter)
         )),
         "## Interpreted beside the kit", "",
-        *beside_the_kit(), "",
+        *named_tests("interpreted_*.py"), "",
+        "## Host code against fakes", "",
+        "What the plugins do on the host (devices, pinned copies, streams, recordings, memory, choices, collectives), against a",
+        "fake of torch's device module and of other libraries, held to the names and signatures of theirs. It shows what is",
+        "asked of a device, and nothing of what one would answer.", "",
+        *named_tests("test_plugins.py", "test_fake_gpu.py", "test_choice.py", "test_communicator.py", "test_products.py"), "",
         "## Compiled ahead of time",
         "",
         "Configurations of each Triton kernel that `tests/triton/test_compile.py` compiles: some at every run, all with",
         "`-m exhaustive`.",
-        *table(["kernel", *next(iter(known.compiled.values())), "configurations"], (
-            [f"`{kernel}`", *(str(len(names)) for names in by_target.values()), ", ".join(
+        *table(["kernel", *known.targets, "configurations"], (
+            [f"`{kernel}`", *(str(len(by_target.get(target, ())) or "-") for target in known.targets), ", ".join(
                 dict.fromkeys(name for names in by_target.values() for name in names)
             )]
             for kernel, by_target in known.compiled.items()
@@ -460,13 +492,13 @@ def page(evidence: Sequence[Evidence] | None = None) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
-    parser.add_argument("--evidence", action="store_true", help="run the kit and the interpreter's tests first")
     parser.add_argument(
-        "--exhaustive", action="store_true", help="with --evidence: all that the interpreter can run (hours)"
-    )
+        "--evidence", nargs="*", choices=HERE, metavar="DEVICE",
+        help=f"run the kit first, on {', '.join(HERE)} (a quarter of an hour) or those that are named",
+    )  # fmt: skip
     args = parser.parse_args()
-    if args.evidence:
-        gather(args.exhaustive)
+    if args.evidence is not None:
+        gather(args.evidence or HERE)
     text = page()
     if args.check:
         current = PAGE.exists() and PAGE.read_text() == text

@@ -6,6 +6,7 @@ a large bf16 product.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import numpy as np
@@ -64,42 +65,76 @@ class Attention:
         return self.backend.attention(self.q, self.kv, 0, self.plan, self.spec)
 
 
+def decodes(backend: Any, clock: Clock, out: Recorder, smoke: bool, pages: tuple[int, ...], by: str = "") -> None:
+    """Steps of one query a sequence; ``by``: whose, in the rows' names."""
+    few = 16 if smoke else 1  # contexts are that much shorter, and so are batches
+    for name, count, context in (("64 x 8k", 64, 8192), ("1 x 128k", 1, 131072), ("256 x 1k", 256, 1024)):
+        sequences = [(max(1, context // few**2), 1)] * max(1, count // few)
+        for page in pages if name == "64 x 8k" else pages[:1]:
+            step = Attention(backend, sequences, page)
+            seconds = clock(step)
+            where = "" if page == pages[0] else f", pages of {page}"
+            rate = round(step.bytes / seconds / 1e12, 3)
+            out.add(f"attention{by}: decode {name}{where}", seconds, limit=out.least(step.bytes), TBps=rate)
+            del step
+
+
+def prompts(backend: Any, clock: Clock, out: Recorder, smoke: bool, page: int, by: str = "") -> None:
+    """Steps with long queries."""
+    few = 16 if smoke else 1
+
+    def cut(n: int) -> int:
+        return max(1, n // few**2)
+
+    for name, sequences in (
+        ("prefill 1 x 8k", [(cut(8192), cut(8192))]),
+        ("chunk of 2k after 30k", [(cut(32768), cut(2048))]),
+        ("8 prompts of 1k beside 64 decodes of 4k", [(cut(1024), cut(1024))] * 8 + [(cut(4096), 1)] * (64 // few)),
+    ):
+        step = Attention(backend, sequences, page)
+        seconds = clock(step)
+        detail: dict[str, Any] = {"TFLOPps": round(step.operations / seconds / 1e12, 1)}
+        if name == "prefill 1 x 8k":
+            detail["FlashAttention-3 on an H100"] = FLASH_ATTENTION_3
+        out.add(f"attention{by}: {name}", seconds, limit=out.least(0.0, step.operations), **detail)
+        del step
+
+
+def others(args: Namespace, backend: Any, out: Recorder) -> None:
+    """The same by each other implementation that the device may use: what its table of choices is made from."""
+    own = {"TRITON_ATTN"}
+    for name in sorted(backend.capabilities.attention_backends - own):
+        try:
+            other = open_backend(args.device, attention_backend=name)
+        except UserError as error:
+            out.missing(f"attention, {name}", str(error))
+            continue
+        page, clock = min(other.capabilities.page_sizes), Clock(other, args.smoke)
+        try:
+            decodes(other, clock, out, args.smoke, (page,), f", {name}")
+            prompts(other, clock, out, args.smoke, page, f", {name}")
+        except Exception as error:  # another library's: it ends none but itself
+            out.missing(f"attention, {name}", f"{type(error).__name__}: {error}")
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = part_parser(__doc__).parse_args(argv)
+    parser = part_parser(__doc__)
+    parser.add_argument(
+        "--others", action="store_true", help="of other libraries, each in turn, instead of our kernels"
+    )
+    args = parser.parse_args(argv)
     out = Recorder(args.rows)
     try:
         backend = open_backend(args.device)
     except UserError as error:
         print(error)
         return 2
+    if args.others:
+        others(args, backend, out)
+        return 0
     clock = Clock(backend, args.smoke)
-    few = 16 if args.smoke else 1  # contexts are that much shorter, and so are batches
-
-    def cut(n: int) -> int:
-        return max(1, n // few**2)
-
-    for name, sequences, page in (
-        ("decode 64 x 8k", [(cut(8192), 1)] * (64 // few), 16),
-        ("decode 1 x 128k", [(cut(131072), 1)], 16),
-        ("decode 256 x 1k", [(cut(1024), 1)] * (256 // few), 16),
-        ("decode 64 x 8k, pages of 64", [(cut(8192), 1)] * (64 // few), 64),
-    ):
-        step = Attention(backend, sequences, page)
-        seconds = clock(step)
-        out.add(f"attention: {name}", seconds, limit=out.least(step.bytes), TBps=round(step.bytes / seconds / 1e12, 3))
-        del step
-    for name, sequences in (
-        ("prefill 1 x 8k", [(cut(8192), cut(8192))]),
-        ("chunk of 2k after 30k", [(cut(32768), cut(2048))]),
-        ("8 prompts of 1k beside 64 decodes of 4k", [(cut(1024), cut(1024))] * 8 + [(cut(4096), 1)] * (64 // few)),
-    ):
-        step = Attention(backend, sequences)
-        seconds = clock(step)
-        detail: dict[str, Any] = {"TFLOPps": round(step.operations / seconds / 1e12, 1)}
-        if name == "prefill 1 x 8k":
-            detail["FlashAttention-3 on an H100"] = FLASH_ATTENTION_3
-        out.add(f"attention: {name}", seconds, limit=out.least(0.0, step.operations), **detail)
-        del step
+    decodes(backend, clock, out, args.smoke, (16, 64))
+    prompts(backend, clock, out, args.smoke, 16)
     return 0
 
 

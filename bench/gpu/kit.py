@@ -37,10 +37,16 @@ def stop(number: int, frame: FrameType | None) -> None:
     pytest.exit("the time is up", returncode=4)
 
 
+def options(args: argparse.Namespace) -> Any:
+    """How the device is to be opened."""
+    from quire.hardware import DeviceOptions
+
+    return DeviceOptions(batch_invariant=args.batch_invariant, attention_backend=args.attention_backend)
+
+
 def ask(args: argparse.Namespace, areas: list[str]) -> dict[str, Any]:
     """The report of these areas, asked in this process."""
     from quire.conformance.kit import Target, run
-    from quire.hardware import DeviceOptions
     from quire.plugins import load
 
     registry = load()
@@ -48,7 +54,7 @@ def ask(args: argparse.Namespace, areas: list[str]) -> dict[str, Any]:
     target = Target(
         args.device,
         lambda: registry.backend(args.device),
-        options=DeviceOptions(batch_invariant=args.batch_invariant),
+        options=options(args),
         distribution=owner.distribution,
         version=owner.version,
         rank_arguments=["--device", args.device],
@@ -72,6 +78,7 @@ def beside(args: argparse.Namespace, areas: list[str], workers: int) -> dict[str
         command += ["--seconds", str(max(1, left))] if args.seconds else []
         command += ["-k", args.keyword] if args.keyword else []
         command += ["--batch-invariant"] if args.batch_invariant else []
+        command += ["--attention-backend", args.attention_backend] if args.attention_backend else []
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=max(1, left) + 8)
             if not file.exists():
@@ -102,20 +109,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-k", dest="keyword", help="only cases whose names match, as pytest's -k")
     parser.add_argument("--area", action="append", default=[], help="only this module of the kit, in this process")
     parser.add_argument("--batch-invariant", action="store_true", help="open it so, and ask only whether it is true")
+    parser.add_argument("--attention-backend", metavar="NAME", help="hold this implementation of attention to it")
     parser.add_argument("--workers", type=int, default=min(6, (os.cpu_count() or 1) // 2), help="processes at once")
     parser.add_argument("--seconds", type=int, default=0, help="stop after so long, and report what ran (0: never)")
     parser.add_argument("--commit", help="of this checkout, where git cannot be asked")
     parser.add_argument("--json", type=Path, help="write the report there")
     args = parser.parse_args(argv)
 
-    from quire.hardware import DeviceOptions, UserError
+    from quire.hardware import UserError
     from quire.plugins import load
 
     try:
         backend = load().backend(args.device)
         backend.devices()
-        if args.batch_invariant:
-            backend.open(0, DeviceOptions(batch_invariant=True))
+        if args.batch_invariant or args.attention_backend:
+            backend.open(0, options(args))  # what cannot be honoured is said here, once
     except UserError as error:
         print(error)
         return 2

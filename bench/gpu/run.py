@@ -5,7 +5,7 @@
 `kit` holds the device to the contract, `speed` measures; each fits into ten minutes, as do both (`all`, in less depth).
 A part that fails, hangs or has no time left is named and ends no other. Results are JSON, brought up to date after
 every part: gpu-CARD-speed.json (or with the parts' names, where they were named), gpu-CARD-kit.json and
-gpu-CARD-kit-invariant.json. Exits 1 when anything fell short.
+gpu-CARD-kit-invariant.json (with the name of an --attention-backend behind). Exits 1 when anything fell short.
 """
 
 from __future__ import annotations
@@ -60,21 +60,24 @@ SPEED = (
     Part("vllm", "nano", ("--peer", "vllm"), seconds=120),
     Part("kernels", "kernels", seconds=60),
     Part("kernels-invariant", "kernels", ("--batch-invariant",), seconds=45),
+    Part("attention-others", "attention", ("--others",), seconds=75),
 )
 KIT = (
     Part("kit", "kit", seconds=400, kit=True),
     Part("kit-invariant", "kit", ("--batch-invariant",), seconds=180, kit=True),
 )
-# In ten minutes for everything: what the goals are about first, and the kit before what has no goal.
-TOGETHER = ("ceilings", "attention", "8b", "kit", "int4", "fp8", "0.6b", "kit-invariant", "invariant", "start")
-SHORTER = {"kit": 120, "kit-invariant": 45, "0.6b": 80, "8b": 90, "start": 80}
+# In ten minutes for everything: what the goals are about comes first and has time even if each part takes all of its
+# own; the kit and what has no goal share what is left.
+GOALS = ("ceilings", "attention", "8b", "int4", "fp8", "0.6b", "invariant", "start")
+REST = ("transformers", "kit", "kit-invariant")
+SHORTER = {"0.6b": 80, "8b": 90, "start": 80, "kit": 120, "kit-invariant": 45}
 
 
 def chosen(names: Sequence[str]) -> list[Part]:
     """The parts of `all`, `kit`, `speed` or of their own names. Raises SystemExit for another name."""
     known = {part.name: part for part in (*SPEED, *KIT)}
     if not names or list(names) == ["all"]:
-        first = [known[name] for name in TOGETHER]
+        first = [known[name] for name in (*GOALS, *REST)]
         rest = [part for part in SPEED if part not in first]
         return [
             Part(p.name, p.module, p.arguments, SHORTER.get(p.name, p.seconds), p.least, p.kit) for p in first + rest
@@ -104,6 +107,11 @@ class Run:
     def file(self, name: str) -> Path:
         return Path(self.args.out) / f"gpu-{self.card}-{name}.json"
 
+    def report(self, part: Part) -> Path:
+        """Where a part of the kit writes."""
+        forced = self.args.attention_backend
+        return self.file(part.name if forced is None else f"{part.name}-{forced.lower()}")
+
     def command(self, part: Part) -> list[str]:
         """Arguments behind the module's name."""
         common = ["--device", self.args.device]
@@ -111,7 +119,8 @@ class Run:
             common += ["--commit", self.args.commit] if self.args.commit else []
             # In a smoke run a few cases are enough to see that the kit runs.
             few = ["-k", "gated_act", "--workers", "1"] if self.args.smoke else []
-            return [*common, *part.arguments, "--json", str(self.file(part.name)), *few]
+            forced = ["--attention-backend", self.args.attention_backend] if self.args.attention_backend else []
+            return [*common, *part.arguments, *forced, "--json", str(self.report(part)), *few]
         more = ["--smoke"] if self.args.smoke else []
         return [*common, *part.arguments, "--rows", str(self.rows), "--scratch", str(self.args.scratch), *more]
 
@@ -249,10 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=585.0, help="for everything (default: 585)")
     parser.add_argument("--scratch", type=Path, help="folder for 17 GB of checkpoint (default: the temporary one)")
     parser.add_argument("--commit", help="of this checkout, where git or its folder is not there to be asked")
+    parser.add_argument("--attention-backend", metavar="NAME", help="hold this implementation of attention to the kit")
     parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)  # tiny shapes on any device
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     parts = chosen(args.parts)
+    if args.attention_backend and not all(part.kit for part in parts):
+        parser.error("--attention-backend is for the parts of the kit; attention-others measures")
     with tempfile.TemporaryDirectory(prefix="quire-gpu-", dir=args.scratch) as scratch:
         args.scratch = Path(scratch)
         args.out.mkdir(parents=True, exist_ok=True)

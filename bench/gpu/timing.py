@@ -18,10 +18,10 @@ from quire import plugins
 from quire.hardware import Backend, DeviceOptions, UserError
 
 
-def open_backend(device: str, batch_invariant: bool = False) -> Any:
+def open_backend(device: str, batch_invariant: bool = False, attention_backend: str | None = None) -> Any:
     """The plugin's backend, opened. Raises UserError with the reason in one line."""
     backend: Backend = plugins.load().choose(device)
-    backend.open(0, DeviceOptions(batch_invariant=batch_invariant))
+    backend.open(0, DeviceOptions(batch_invariant=batch_invariant, attention_backend=attention_backend))
     return backend
 
 

@@ -332,6 +332,10 @@ class Backend:
         """Gates float32 and experts int64 [T, chosen]: the largest softmax or sigmoid of logits [T, E], plus bias to choose."""
         return reference.ops.route(logits, chosen, score, normalize, bias)
 
+    def penalize(self, logits: Tensor, rows: Tensor, ids: Tensor, penalties: Tensor) -> None:
+        """Lower logits[rows, ids] (int64 [M], no pair twice) in place by (count, repetition, frequency, presence) [4, M]."""
+        reference.sampling.penalize(logits, rows, ids, penalties)
+
     def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
         """One token per row of logits float32 [N, V] -> int64 [N]: temperature, min-p, top-k, top-p, inverse CDF."""
         return reference.sampling.sample(logits, settings)

@@ -112,8 +112,8 @@ def contract_error(backend: Backend) -> str | None:
 
 OPERATIONS = (
     "page_bytes", "allocate_kv", "write_kv", "copy_pages", "plan_attention", "attention", "pack_weight", "linear", "embed",
-    "rms_norm", "layer_norm", "rotary", "gated_act", "moe", "route", "sample", "logprobs", "attention_block", "gated_mlp",
-    "final_head", "communicator",
+    "rms_norm", "layer_norm", "rotary", "gated_act", "moe", "route", "penalize", "sample", "logprobs", "attention_block",
+    "gated_mlp", "final_head", "communicator",
 )  # fmt: skip
 """Everything that has a default under quire.reference."""
 

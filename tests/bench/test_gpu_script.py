@@ -3,6 +3,8 @@ has, so that no mistake in Python waits for the card; and the arithmetic of goal
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,8 +20,9 @@ from safetensors import safe_open
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "bench"))
 
-from gpu import busy, kit, nano, rows, run, shapes  # noqa: E402
+from gpu import attention, busy, kit, nano, rows, run, shapes, timing  # noqa: E402
 from model_cost import read_cost  # noqa: E402
+from quire.hardware import DeviceOptions  # noqa: E402
 
 HIDE = """
 import sys
@@ -153,10 +156,72 @@ def test_the_parts_of_a_run():
     assert run.chosen(["speed"]) == list(run.SPEED)
     assert [part.name for part in run.chosen(["nothing", "int4"][1:])] == ["ceilings", "int4"]
     assert {part.name for part in run.chosen([])} == {part.name for part in (*run.SPEED, *run.KIT)}
-    goals = [part for part in run.chosen([]) if part.name in run.TOGETHER]
-    assert sum(part.seconds for part in goals) <= 780  # limits, seldom all used: the rest is told by the time left
+    # Every row of the table has its time, even if each part before it takes all of its own.
+    assert sum(part.seconds for part in run.chosen([])[: len(run.GOALS)]) <= 585
+    assert {part.name for part in run.chosen([])[: len(run.GOALS)]} == set(run.GOALS)
     with pytest.raises(SystemExit, match="no part is called nothing: there are all, kit, speed, ceilings"):
         run.chosen(["nothing"])
+
+
+def test_attention_of_other_libraries_is_measured_where_it_can_be(tmp_path, monkeypatch):
+    """Each in turn, at a page size that it takes; one that is refused or breaks says why, and ends none."""
+    from quire.hardware import UnsupportedOnDevice
+
+    class Whole:
+        """A device's backend, as far as its attention is forced."""
+
+        def __init__(self, name: str, own) -> None:
+            self.name, self.own = name, own
+            wide = {"page_sizes": frozenset({32}), "attention_backends": frozenset({"TRITON_ATTN", "A", "B", "C"})}
+            self.capabilities = dataclasses.replace(own.capabilities, **wide)
+
+        def __getattr__(self, name):
+            return getattr(self.own, name)
+
+        def allocate_kv(self, spec, pages):
+            assert spec.groups[0].page_size == 32
+            return self.own.allocate_kv(spec, pages)
+
+        def attention(self, q, kv, layer, plan, spec):
+            if self.name == "C":
+                raise RuntimeError("no such kernel")
+            return self.own.attention(q, kv, layer, plan, spec)
+
+    def opened(device, batch_invariant=False, attention_backend=None):
+        if attention_backend == "B":
+            raise UnsupportedOnDevice(device, "--attention-backend B", "it is not installed")
+        return Whole(attention_backend, timing.open_backend(device))
+
+    monkeypatch.setattr(attention, "open_backend", opened)
+    file = tmp_path / "rows"
+    assert attention.main(["--device", "cpu-torch", "--smoke", "--others", "--rows", str(file)]) == 0
+    found = {row.name: row for row in rows.read(file)}
+    assert "it is not installed" in found["attention, B"].why
+    assert found["attention, C"].why == "RuntimeError: no such kernel"
+    assert {name for name, row in found.items() if row.value} == {
+        f"attention, A: {step}"
+        for step in (
+            "decode 64 x 8k", "decode 1 x 128k", "decode 256 x 1k", "prefill 1 x 8k", "chunk of 2k after 30k",
+            "8 prompts of 1k beside 64 decodes of 4k",
+        )
+    }  # fmt: skip
+
+
+def test_the_kit_of_one_attention(tmp_path, capsys):
+    """The flag reaches the kit, whose report says so in a file of its own; a device that has no such one refuses."""
+    args = ["--device", "cpu-torch", "--attention-backend", "FLASHINFER", "--json", str(tmp_path / "report.json")]
+    assert kit.main(args) == 2
+    assert "--attention-backend FLASHINFER is not supported on device 'cpu-torch'" in capsys.readouterr().out
+    namespace = argparse.Namespace(batch_invariant=True, attention_backend="A")
+    assert kit.options(namespace) == DeviceOptions(batch_invariant=True, attention_backend="A")
+    args = argparse.Namespace(device="cuda", commit=None, smoke=False, out="out", attention_backend="A")
+    one = object.__new__(run.Run)
+    one.args, one.card = args, "card"
+    [part, _] = run.KIT
+    assert one.command(part)[-4:] == ["--attention-backend", "A", "--json", "out/gpu-card-kit-a.json"]
+    with pytest.raises(SystemExit):
+        run.main(["8b", "--attention-backend", "A"])
+    assert "is for the parts of the kit" in capsys.readouterr().err
 
 
 def row(name: str, value: float | None, **more) -> rows.Row:

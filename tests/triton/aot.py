@@ -34,6 +34,7 @@ from quire_triton.kernels import (
     logit_peaks,
     logit_sums,
     moe,
+    penalize,
     quantize_rows,
     rms_norm,
     rotary,
@@ -67,7 +68,7 @@ POINTERS = {
     "chosen_ptr": "*i64", "ids_ptr": "*i64", "ranks_ptr": "*i64", "sums_ptr": "*i64", "uniform_ptr": "*fp64",
     "x_scales_ptr": "*fp32", "parts_ptr": "*fp32", "arrived_ptr": "*i32",
     "order_ptr": "*i32", "owner_ptr": "*i32", "counts_ptr": "*i32", "experts_ptr": "*i64", "gates_ptr": "*fp32",
-    "logits_ptr": "*fp32",
+    "logits_ptr": "*fp32", "rows_ptr": "*i64", "penalties_ptr": "*fp32",
 }  # fmt: skip
 CODES = {"k_ptr", "v_ptr", "keys_ptr", "values_ptr"}  # of a cache in 8 bits
 TOKENS = {logit_groups.logit_groups_kernel, sample.sample_kernel, sample_wide.sample_wide_kernel}  # what they return
@@ -138,6 +139,13 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
                     )
                     name = f"{'decode' if decode else 'prefill'}-{dtype}-{dim}{'-window-cap-sinks' if window else ''}"
                     yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
+    for dtype, dims in (("bf16", (64, 128, 256)), ("fp32", (128,))):
+        for dim in dims:
+            tile = configs.attention_of_any(arch, 4 if dtype == "fp32" else 2, dim, 4)
+            for decode in (False, True):
+                constants = attention_constants(tile, decode, D=dim, BLOCK_D=dim, PARTED=not decode, DOT=dots[dtype])
+                name = f"invariant-{dtype}-{dim}-{'decode' if decode else 'prefill'}"
+                yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
     yield (
         "merge", attention_merge.attention_merge_kernel, "bf16",
         dict(HQ=32, GROUP=4, D=128, BLOCK_D=128, BLOCK_Q=1, SINKS=True, TILES=False), 2, 2,
@@ -165,7 +173,7 @@ def attention_constants(tile: configs.Tile, decode: bool, group: int = 4, **more
     return dict(
         HQ=32, GROUP=group, REST=0, BLOCK_R=0, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
         BLOCK_Q=1 if decode else max(1, tile.rows // group), WINDOW=False, CAP=False, SINKS=False, EIGHT_BITS=0,
-        TILES=not decode, SPLIT=decode, DOT=tl.bfloat16,
+        TILES=not decode, SPLIT=decode, PARTED=False, DOT=tl.bfloat16,
     ) | dict(PAGE=16) | more  # fmt: skip
 
 
@@ -193,6 +201,13 @@ def caches(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]
             )  # fmt: skip
             name = f"latent-{'decode' if decode else 'prefill'}-{'fp8' if eight_bits else dtype}-{heads}"
             yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
+    tile = configs.latent(arch, 2, False, 128)
+    for decode in (False, True):
+        constants = attention_constants(
+            tile, decode, 128, HQ=128, D=512, BLOCK_D=512, REST=64, BLOCK_R=64, PAGE=64, PARTED=not decode
+        )
+        name = f"latent-invariant-{'decode' if decode else 'prefill'}-bf16-128"
+        yield name, attention.attention_kernel, "bf16", constants, tile.warps, tile.stages
     write = dict(WIDTH=1024, BLOCK_T=1, BLOCK=1024, LATENT=False)
     yield "write", write_kv.write_kv_kernel, "bf16", write, 4, 2
     for fp8 in (False, True):
@@ -219,6 +234,7 @@ def sampling() -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]:
     for cut in (False, True):
         constants = dict(GROUP=group, BLOCK=block, BLOCK_B=512, MOST=most, CUT=cut)
         yield f"sample-{cut}", sample.sample_kernel, "fp32", constants, 8, 2
+    yield "penalize", penalize.penalize_kernel, "fp32", dict(BLOCK=penalize.BLOCK), 4, 2
     yield "sample-wide", sample_wide.sample_wide_kernel, "fp32", dict(BLOCK=2 * block), 8, 2
     for top, warps in ((0, 4), (32, 4), (256, 8)):
         constants = dict(GROUP=group, BLOCK_B=512, MOST=most, TOP=top)
@@ -229,7 +245,7 @@ def product_cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], in
     """Products of every kind of weight with few, some and many rows, with their sums cut and not, gated and by expert;
     then what goes before and after them."""
     dots = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
-    halved = configs.E4M3.get(arch) == torch.float8_e4m3fnuz
+    halved = configs.e4m3(arch) == torch.float8_e4m3fnuz
     e4m3 = tl.float8e4b8 if halved else tl.float8e4nv
     kinds = [("dense", 0, "dense"), ("int8-128", 128, "int8"), ("int4-32", 32, "int4"), ("int4-128", 128, "int4")]
     kinds += [("w8a8", 0, "both")] + [("fp8", 0, "both")] * ("fp8" in configs.formats(arch))

@@ -120,6 +120,15 @@ def test_latent_bits_alone_and_in_company(short_parts):  # noqa: F811
         begin += row.new
 
 
+def test_latent_bits_of_a_prompt_in_chunks_that_are_cut(short_parts):  # noqa: F811
+    shape = Shape(**{**vars(LATENT), "heads": 4, "sinks": True})
+    backend = opened(batch_invariant=True)
+    whole = Stage(backend, Paper([Row(70, 70, who=3)], shape)).attend()
+    for new in (1, 30):
+        assert torch.equal(whole[-new:], Stage(backend, Paper([Row(70, new, who=3)], shape)).attend())
+    assert short_parts
+
+
 def test_latent_attention_is_computed_by_the_kernel(monkeypatch):
     """And a latent size without one by the reference."""
     launched = []

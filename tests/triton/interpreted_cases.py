@@ -92,6 +92,21 @@ def test_bits_of_a_prompt_in_chunks(window):
         assert torch.equal(whole[-new:], chunk), f"a last chunk of {new} has other bits"
 
 
+@pytest.mark.parametrize("kind", [{}, {"sinks": True, "soft_cap": 4.0}, {"window": 50}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_bits_of_a_prompt_in_chunks_that_are_cut(short_parts, kind, dtype):
+    """A chunk in a tile of many queries goes through the parts one by one; a few queries have a program for each part,
+    whose sums are joined: the bits are the same, whatever the number of queries."""
+    shape = Shape(kv_heads=1, heads=2, head_dim=64, dtype=dtype, kv_dtype=dtype, **kind)
+    backend = opened(batch_invariant=True)
+    whole = Stage(backend, Paper([Row(150, 150, who=3)], shape)).attend()
+    assert not short_parts
+    for new in (1, 3, 40, 100):
+        chunk = Stage(backend, Paper([Row(150, new, who=3)], shape)).attend()
+        assert torch.equal(whole[-new:], chunk), f"a last chunk of {new} has other bits"
+    assert len(short_parts) == 2, "the short ones were to be joined by another kernel, and the long ones not"
+
+
 @pytest.mark.parametrize("batch_invariant", [False, True])
 def test_a_decode_plan_reads_lengths_on_the_device(short_parts, batch_invariant):
     """As in a replayed step: the plan is of other lengths, whose host copies are then taken away."""
@@ -127,5 +142,9 @@ def test_configurations_hold_what_the_kernels_assume():
                     assert configs.INVARIANT_SPLIT % tile.keys == 0
                     assert tile.rows >= 16
                     assert configs.attention(arch, itemsize, dim, decode, group=71).rows >= 71
+                any_number = configs.attention_of_any(arch, itemsize, dim, group=71)
+                assert configs.INVARIANT_SPLIT % any_number.keys == 0
+                assert any_number.rows == 128
+                assert any_number.warps >= 1
     with pytest.raises(ValueError, match="head_dim is 512"):
         configs.attention("sm_90", 2, 512, False)

@@ -2,17 +2,48 @@
 
 It shows that the kernels compute what they should, and nothing of how a GPU runs them. Triton reads TRITON_INTERPRET
 when it is imported, so this is used in a process of its own.
+
+The interpreter hands a product of tiles to the host's BLAS, which sums the columns at a tile's edge in another order than the
+rest, so that a row's bits would depend on its place in the tile. A matrix unit knows no such edge: here too each sum of
+a tile goes through its factors in their order.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import torch
 
 from quire.hardware import Capabilities, DeviceInfo, DeviceOptions, MemoryInfo
 from quire.quantization import FORMATS
 from quire_triton.backend import KV_DTYPES, LATENT_SIZES, TritonOps
+
+
+def in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """a [..., m, k] @ b [..., k, n], each sum from the first of k to the last, rounded to ``dtype`` at every step."""
+    a, b = a.astype(dtype or a.dtype), b.astype(dtype or b.dtype)
+    out = np.zeros((*a.shape[:-1], b.shape[-1]), dtype=a.dtype)
+    for k in range(a.shape[-1]):
+        out += a[..., k, None] * b[..., k, None, :]
+    return out
+
+
+@functools.cache
+def sum_in_order() -> None:
+    """Let the interpreter's products of tiles be those of :func:`in_order`."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    theirs = InterpreterBuilder.create_dot
+
+    def create_dot(self: Any, *arguments: Any) -> Any:
+        with mock.patch.object(np, "matmul", in_order):
+            return theirs(self, *arguments)
+
+    InterpreterBuilder.create_dot = create_dot
 
 
 class Interpreted(TritonOps):
@@ -29,6 +60,8 @@ class Interpreted(TritonOps):
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         super().open(index, options)
+        if self.without_kernels is None:
+            sum_in_order()
         # The formats of every architecture, whatever host memory counts as.
         self.capabilities = dataclasses.replace(type(self).capabilities, batch_invariant=options.batch_invariant)
 

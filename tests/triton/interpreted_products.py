@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from quire.conformance.world import close
 from quire.quantization import FORMATS
 from quire.reference import ops, quantize
-from quire_triton import configs, weights
+from quire_triton import architectures, configs, weights
 from quire_triton.kernels import linear as kernels
 from quire_triton.kernels.linear import linear
 from quire_triton.kernels.moe import moe, sort_by_expert
@@ -134,7 +134,8 @@ def test_e4m3_of_two_kinds_gives_the_same_bits(monkeypatch):
     assert other.q.dtype == torch.float8_e4m3fnuz
     assert torch.equal(weights.unpacked(other), weights.unpacked(usual))
     assert torch.equal(linear(x, other), linear(x, usual))
-    monkeypatch.setitem(configs.E4M3, "other", torch.float8_e4m3fnuz)
+    row = architectures.Architecture("other", 64, architectures.FNUZ, "")
+    monkeypatch.setitem(architectures.ARCHITECTURES, "other", row)
     backend = Interpreted()
     backend.open()
     assert backend.pack_weight({"weight": weight}, "fp8").q.dtype == torch.float8_e4m3fnuz
@@ -273,7 +274,7 @@ def test_configurations_hold_what_the_kernels_assume():
                     assert tile.columns <= kernels.ARRIVALS
                 assert one == configs.linear(arch, kind, itemsize, None, group)
         assert {"int8", "int4"} <= configs.formats(arch)
-        assert ("fp8" in configs.formats(arch)) == (arch in configs.E4M3)
+        assert ("fp8" in configs.formats(arch)) == (configs.e4m3(arch) is not None)
     for tiles in (1, 60, 500):
         for columns in (64, 1024, 4096, 14336):
             count = configs.parts(132, tiles, columns)

@@ -36,12 +36,12 @@ DECODE = [Sequence(1, 1), Sequence(16, 1), Sequence(17, 1), Sequence(256, 1), Se
 @pytest.fixture
 def no_triton(monkeypatch):
     """The kernels here do not run in host memory: the references stand beside what is under test."""
-    monkeypatch.setattr(quire_triton, "missing", lambda: "no Triton in this test")
+    monkeypatch.setattr(quire_triton, "missing", lambda *_: "no Triton in this test")
 
 
 @pytest.fixture
 def with_triton(monkeypatch):
-    monkeypatch.setattr(quire_triton, "missing", lambda: None)
+    monkeypatch.setattr(quire_triton, "missing", lambda *_: None)
 
 
 @pytest.fixture

@@ -214,7 +214,7 @@ def test_a_backend_makes_its_librarys_group_in_its_mode(name, invariant, monkeyp
     import quire_triton
     from quire.hardware import DeviceOptions
 
-    monkeypatch.setattr(quire_triton, "missing", lambda: None)
+    monkeypatch.setattr(quire_triton, "missing", lambda *_: None)
     install(name, monkeypatch)
     kind = "XCCL" if name == "xpu" else "NCCL"
     made = []

@@ -40,6 +40,9 @@ CACHE_SPILLS = (
     ("gfx1100", "prefill-fp8", 1600), ("gfx1100", "latent-.*bf16", 1664), ("gfx1100", "latent-", 2880),
     ("gfx1100", "groups-.*-8192", 416), ("gfx942", "prefill-fp8-128", 4), ("gfx942", "latent-.*-fp32", 528),
     ("sm_80|sm_90", "prefill-(fp8|int8)", 40), ("sm_90|sm_100", "latent-", 240),
+    # Sums of the parts before, set aside between parts.
+    ("sm_80", "latent-invariant-prefill", 96), ("sm_90|sm_100", "latent-invariant-prefill", 3528),
+    ("sm_100", "invariant-bf16-256-prefill", 112),
 )  # fmt: skip
 
 
@@ -73,8 +76,9 @@ def check(arch: str, rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_attention_compiles_fits_and_multiplies_in_hardware(arch, tmp_path):
-    rows = compiled(arch, "prefill-bf16-128$|decode-bf16-128$|merge|write$", tmp_path)
-    assert {row["name"] for row in rows} == {"prefill-bf16-128", "decode-bf16-128", "merge", "write"}
+    names = {"prefill-bf16-128", "decode-bf16-128", "invariant-bf16-128-prefill", "merge", "write"}
+    rows = compiled(arch, "$|".join(names) + "$", tmp_path)
+    assert {row["name"] for row in rows} == names
     check(arch, rows)
 
 
@@ -97,7 +101,7 @@ def test_every_product_compiles_and_fits(arch, tmp_path):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_small_and_latent_caches_and_sampling_compile_and_fit(arch, tmp_path):
-    names = {"decode-fp8-128", "latent-prefill-bf16-128", "write-fp8", "sample-True"}
+    names = {"decode-fp8-128", "latent-prefill-bf16-128", "write-fp8", "sample-True", "penalize"}
     rows = compiled(arch, "$|".join(names) + "$", tmp_path)
     assert {row["name"] for row in rows} == names
     check(arch, rows)
@@ -108,5 +112,5 @@ def test_small_and_latent_caches_and_sampling_compile_and_fit(arch, tmp_path):
 def test_every_configuration_compiles_and_fits(arch, tmp_path):
     rows = compiled(arch, "", tmp_path)
     assert len(rows) >= 90
-    assert len({row["kernel"] for row in rows}) >= 21
+    assert len({row["kernel"] for row in rows}) >= 22
     check(arch, rows)

@@ -241,7 +241,7 @@ def test_an_engine_on_the_fake(tmp_path, monkeypatch):
     from tests.engine.conftest import save_random
 
     folder = save_random(tmp_path, "Qwen3ForCausalLM")
-    monkeypatch.setattr(quire_triton, "missing", lambda: "no Triton in this test")
+    monkeypatch.setattr(quire_triton, "missing", lambda *_: "no Triton in this test")
     gpu, backend = install("cuda", monkeypatch), in_host_memory("cuda")
     registry = plugins.load(["cpu"])
     registry.plugins[-1].registered["backends"].append("cuda")

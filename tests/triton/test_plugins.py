@@ -13,6 +13,7 @@ import torch
 
 import quire_triton
 from quire.hardware import DeviceOptions, DeviceUnavailable, UnsupportedOnDevice
+from tests.triton.conftest import needs_triton
 from tests.triton.fake_gpu import BUILD, GIB, MODULE, Gpu, install, made
 
 PLUGINS = {"cuda": "CUDA", "rocm": "ROCm", "xpu": "XPU"}
@@ -140,10 +141,10 @@ def test_opening(name, gpu):
 
 
 def test_batch_invariance_needs_the_kernels(name, gpu, monkeypatch):
-    monkeypatch.setattr(quire_triton, "missing", lambda: "Triton cannot be imported")
+    monkeypatch.setattr(quire_triton, "missing", lambda *_: "Triton cannot be imported")
     with pytest.raises(UnsupportedOnDevice, match="by the size of the batch, and Triton cannot be imported"):
         made(name).open(0, DeviceOptions(batch_invariant=True))
-    monkeypatch.setattr(quire_triton, "missing", lambda: None)
+    monkeypatch.setattr(quire_triton, "missing", lambda *_: None)
     backend = made(name)
     backend.open(0, DeviceOptions(batch_invariant=True))
     assert backend.capabilities.batch_invariant
@@ -176,6 +177,28 @@ def test_without_a_usable_triton(name, gpu, problem, monkeypatch, caplog):
     from quire.reference import ops
 
     assert torch.equal(backend.gated_act(x, "silu"), ops.gated_act(x, "silu"))
+
+
+@needs_triton
+def test_a_triton_that_compiles_for_others(name, gpu, monkeypatch, caplog):
+    """The wheel that everybody has knows nothing of Intel's GPUs: that is said when the device is opened, and no kernel's
+    first launch ends in a trace."""
+    import triton.backends
+
+    maker = {"cuda": "nvidia", "rocm": "amd", "xpu": "intel"}[name]
+    others = {"nvidia": 1, "amd": 1, "intel": 1}
+    monkeypatch.setattr(triton.backends, "backends", dict(others))
+    assert quire_triton.missing(maker) is None
+    del others[maker]
+    monkeypatch.setattr(triton.backends, "backends", others)
+    backend = made(name)
+    with caplog.at_level(logging.WARNING):
+        backend.open(0)
+    [record] = caplog.records
+    assert f"compiles for {' and '.join(sorted(others))}, not for {maker}: install the one" in record.getMessage()
+    assert not backend.capabilities.graphs
+    monkeypatch.setattr(triton.backends, "backends", {})
+    assert "compiles for no GPU, not for" in quire_triton.missing(maker)
 
 
 # -- what a user sees --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import types
 
@@ -30,6 +31,10 @@ def opened(monkeypatch):
         )  # fmt: skip
         monkeypatch.setattr(torch.version, "hip" if name == "rocm" else name, "99.9", raising=False)
         monkeypatch.setattr(torch, "xpu" if name == "xpu" else "cuda", module)
+        if importlib.util.find_spec("triton"):
+            import triton.backends
+
+            monkeypatch.setitem(triton.backends.backends, "intel", None)  # as Intel's build has it
         from quire_triton import configs
 
         configs._architecture.cache_clear()
@@ -70,7 +75,7 @@ def test_what_an_architecture_offers(opened, name, properties, more):
 
 def test_without_triton_no_weight_is_rounded(opened, monkeypatch):
     """The references would round it and keep it as large as it was, which the memory plan does not know."""
-    monkeypatch.setattr(quire_triton, "missing", lambda: "Triton cannot be imported")
+    monkeypatch.setattr(quire_triton, "missing", lambda *_: "Triton cannot be imported")
     backend = opened("cuda", major=9, minor=0)
     assert not backend.capabilities.quantization
     with pytest.raises(UnsupportedOnDevice, match="'int8'"):

@@ -94,6 +94,7 @@ class Report:
             "date": now(),
             "commit": commit(FOLDER),
             "batch_invariant": self.target.options.batch_invariant,
+            "attention_backend": self.target.options.attention_backend,
             "capabilities": declared,
             "summary": {o: len(self.names(o)) for o in ("passed", "failed", "skipped")},
             "cases": [dataclasses.asdict(case) for case in self.cases],

@@ -130,7 +130,33 @@ def test_a_row_without_a_token_gives_minus_one(backend):
         assert min(given[0], given[3]) >= 0
 
 
+@pytest.mark.parametrize("columns", [7, 1000, 50257])
+def test_penalties(backend, columns):
+    """Of positive, negative, zero and masked logits: those named, by their own row's numbers, and no others."""
+    logits = random(5, columns, seed=columns, scale=6.0)
+    logits[0, 0], logits[1, 1], logits[2, 2] = 0.0, -INF, 0.0
+    generator = torch.Generator().manual_seed(columns)
+    named = [
+        (row, token) for row in (0, 1, 2, 4) for token in torch.randperm(columns, generator=generator)[:300].tolist()
+    ]
+    rows, ids = torch.tensor(sorted({*named, (0, 0), (1, 1), (2, 2), (4, columns - 1)})).T.contiguous()
+    count = torch.randint(0, 4, rows.shape, generator=generator).float()
+    each = torch.tensor([[1.3, 0.5, 0.0], [1.0, -1.5, 0.25], [0.7, 0.0, -2.0], [1.0, 1.0, 1.0], [2.0, 0.1, 1.5]])
+    penalties = torch.cat((count[None], each[rows].T))
+    expected, given = logits.double(), logits.float().to(backend.device)
+    TRUTH.penalize(expected, rows, ids, penalties.double())
+    assert backend.penalize(given, *(x.to(backend.device) for x in (rows, ids, penalties.contiguous()))) is None
+    given = given.cpu()
+    assert torch.allclose(given.double(), expected, rtol=1e-6, atol=1e-5)
+    left = torch.ones(5, columns, dtype=torch.bool)
+    left[rows, ids] = False
+    assert torch.equal(given[left], logits.float()[left]), "a logit that no entry names was changed"
+
+
 def test_no_rows(backend):
+    nothing = torch.zeros(0, dtype=torch.int64, device=backend.device)
+    backend.penalize(logits := random(2, 5).float().to(backend.device), nothing, nothing, nothing.float().expand(4, 0))
+    assert torch.equal(logits.cpu(), random(2, 5).float())
     assert draw(backend, torch.zeros(0, 10), torch.zeros(0)) == []
     ids, values, ranks = backend.logprobs(torch.zeros(0, 10, device=backend.device), torch.zeros(0).long(), 3)
     assert (ids.shape, values.shape, ranks.shape) == ((0, 4), (0, 4), (0,))

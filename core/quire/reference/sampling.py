@@ -1,4 +1,5 @@
-"""One token per row of logits: the definition of :meth:`quire.hardware.Backend.sample`, in plain PyTorch.
+"""One token per row of logits: the definition of :meth:`quire.hardware.Backend.sample`, and of what goes before and beside
+it, in plain PyTorch.
 
 A row's token must not depend on the other rows, nor on how a device orders its sums. Floating-point sums do depend on
 order, so every token's weight exp((logit - max) / temperature) is rounded to a multiple of 2**-34: sums of those are
@@ -33,6 +34,20 @@ BLOCK = 512
 
 ELEMENTS = 1 << 20
 """Logits worked on at once: bounds temporary memory, and keeps it in cache."""
+
+
+def penalize(logits: Tensor, rows: Tensor, ids: Tensor, penalties: Tensor) -> None:
+    """Lower, in place, the logits [N, V] of tokens that have occurred: entry j is row rows[j] and token ids[j], int64 [M], no
+    two of them the same. ``penalties`` float32 [4, M], for each entry: how often the output holds the token, then the
+    row's repetition, frequency and presence penalty.
+
+    Repetition (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1) divides a positive logit and
+    multiplies a negative one; frequency is subtracted for each occurrence in the output, presence once.
+    """
+    count, repetition, frequency, presence = penalties
+    old = logits[rows, ids]
+    new = torch.where(old > 0, old / repetition, old * repetition)
+    logits[rows, ids] = new - frequency * count - presence * (count > 0)
 
 
 def sample(logits: Tensor, settings: SamplingBatch) -> Tensor:

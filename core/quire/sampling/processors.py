@@ -1,4 +1,5 @@
-"""Edits of logits: penalties, biases, masks. In place, on the device, a few indexed operations for a whole batch.
+"""Edits of logits: biases and masks (penalties: ``Backend.penalize``). In place, on the device, a few indexed operations for
+a whole batch.
 
 Entries are flat: ``rows[j]`` is a row of the logits and ``ids[j]`` a token of it. No (row, token) pair occurs twice in
 one call, so every edit is independent of the others and of its place in the batch.
@@ -15,19 +16,6 @@ BITMASK_ELEMENTS = 1 << 22
 def add_bias(logits: Tensor, rows: Tensor, ids: Tensor, bias: Tensor) -> None:
     """Add bias float32 [M] to logits[rows, ids]."""
     logits[rows, ids] += bias
-
-
-def penalize(logits: Tensor, rows: Tensor, ids: Tensor, penalties: Tensor) -> None:
-    """Lower the logits of tokens that have occurred. ``penalties`` float32 [4, M], for each entry: how often the output
-    holds the token, then the row's repetition, frequency and presence penalty.
-
-    Repetition (Keskar et al. 2019, https://arxiv.org/abs/1909.05858, section 4.1) divides a positive logit and
-    multiplies a negative one; frequency is subtracted for each occurrence in the output, presence once.
-    """
-    count, repetition, frequency, presence = penalties
-    old = logits[rows, ids]
-    new = torch.where(old > 0, old / repetition, old * repetition)
-    logits[rows, ids] = new - frequency * count - presence * (count > 0)
 
 
 def allow_only(logits: Tensor, some: Tensor, rows: Tensor, ids: Tensor) -> None:

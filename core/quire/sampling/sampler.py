@@ -142,7 +142,7 @@ class Sampler:
             table = np.repeat(np.asarray(columns, dtype=np.float32).T, sizes, axis=1)
             table = np.concatenate((np.concatenate([c.counts for _, c, _ in counted])[None], table))
             entries = self._entries([(i, c.ids) for i, c, _ in counted])
-            processors.penalize(logits, *entries, self.backend.to_device(np.ascontiguousarray(table)))
+            self.backend.penalize(logits, *entries, self.backend.to_device(np.ascontiguousarray(table)))
         only = [(i, s.allowed) for i, s in states.items() if s.allowed is not None]
         if only:
             some = self._ids(np.asarray([i for i, _ in only]))

@@ -2,7 +2,8 @@
 
 Sequences of a step whose queries fit one small tile (a decode step's single token, a draft's few) are cut along the
 keys; longer ones (prompts and chunks) run in large tiles. Which of the two a sequence takes is told by its own number
-of queries, not by what else is in the batch.
+of queries, not by what else is in the batch. Where bits must not depend on that either, one tile and the same cuts serve
+both.
 """
 
 from __future__ import annotations
@@ -94,7 +95,13 @@ def attention(
     batch, q = plan.batch, q.contiguous()
     ratio = spec.heads // spec.kv_heads
     arch = configs.architecture(q.device)
-    if spec.value_dim is None:
+    if batch_invariant:
+        # A query's bits are its tile's: one for every number of queries.
+        if spec.value_dim is None:
+            few = many = configs.attention_of_any(arch, q.element_size(), spec.head_dim, ratio)
+        else:
+            few = many = configs.latent(arch, q.element_size(), False, ratio)
+    elif spec.value_dim is None:
         sizes = (arch, q.element_size(), spec.head_dim)
         few, many = configs.attention(*sizes, True, ratio), configs.attention(*sizes, False, ratio)
     else:
@@ -137,6 +144,9 @@ class _Launch:
         axis = -(-rows // tile.rows) if rest else kv_heads  # the grid's second: see attention_kernel
         splits, split_len = self._parts(count * axis) if cut else (1, 0)
         split = splits > 1 or split_len > 0
+        parted = self.batch_invariant and not split
+        if parted:
+            split_len = configs.INVARIANT_SPLIT
         part = stats = out
         if split:
             part = torch.empty((count, kv_heads, rows, splits, value_dim), dtype=torch.float32, device=q.device)
@@ -160,7 +170,8 @@ class _Launch:
             *pointers, factor, cap_in, spec.window or 0, splits, split_len, configs.SHORTEST_SPLIT, table.stride(0),
             pool.stride(1), pool.stride(2), REST=rest, BLOCK_R=power_of_two(rest) if rest else 0, BLOCK_M=tile.rows,
             BLOCK_N=tile.keys, PAGE=pool.shape[2], WINDOW=spec.window is not None, CAP=spec.soft_cap is not None,
-            EIGHT_BITS=eight_bits, SPLIT=split, DOT=factors(q), num_warps=tile.warps, num_stages=tile.stages, **shared,
+            EIGHT_BITS=eight_bits, SPLIT=split, PARTED=parted, DOT=factors(q), num_warps=tile.warps,
+            num_stages=tile.stages, **shared,
         )  # fmt: skip
         if split:
             attention_merge_kernel[(count, kv_heads, rows)](

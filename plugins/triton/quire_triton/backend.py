@@ -43,17 +43,19 @@ MOST_EXPERTS = 1024  # that one program chooses from
 
 
 class TritonOps(Backend):
-    """Attention, KV writes, norms, rotary, activations, page copies, sampling, experts and products of rounded weights in
-    Triton, on whatever device torch has Triton for. Dense products are torch's library's or Triton's as a table says; where bits
-    must not depend on the batch they are all Triton's."""
+    """Attention, KV writes, norms, rotary, activations, page copies, penalties, sampling, experts and products of rounded
+    weights in Triton, on whatever device torch has Triton for. Dense products are torch's library's or Triton's as a table
+    says; where bits must not depend on the batch they are all Triton's."""
 
     without_kernels: str | None = "the device is not open"
     """Why the references compute; None where the kernels do."""
+    maker: str | None = None
+    """Triton's name for whom it compiles (nvidia, amd, intel); None: it interprets."""
 
     def open(self, index: int = 0, options: DeviceOptions = DeviceOptions()) -> None:
         """Looks for Triton, and says once where it cannot be used; narrows the weight formats to the architecture's."""
         super().open(index, options)
-        self.without_kernels = quire_triton.missing()
+        self.without_kernels = quire_triton.missing(self.maker)
         offered: frozenset[str] = frozenset()
         if self.without_kernels is None:
             from quire_triton import configs
@@ -130,8 +132,8 @@ class TritonOps(Backend):
         from quire_triton import configs
         from quire_triton.weights import pack
 
-        e4m3 = configs.E4M3.get(configs.architecture(self.device), torch.float8_e4m3fn)
-        return pack(weight, reference.quantize.FORMATS[format], self.device, fnuz=e4m3 == torch.float8_e4m3fnuz)
+        fnuz = configs.e4m3(configs.architecture(self.device)) == torch.float8_e4m3fnuz
+        return pack(weight, reference.quantize.FORMATS[format], self.device, fnuz)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
         return self._product(x, weight, bias, None)
@@ -177,6 +179,13 @@ class TritonOps(Backend):
     # -- sampling --------------------------------------------------------------------------------------------------
     def _samples(self, logits: Tensor) -> bool:
         return self.without_kernels is None and logits.dtype == torch.float32 and logits.shape[1] <= MOST_TOKENS
+
+    def penalize(self, logits: Tensor, rows: Tensor, ids: Tensor, penalties: Tensor) -> None:
+        if self.without_kernels is not None or logits.dtype != torch.float32 or logits.stride(1) != 1:
+            return super().penalize(logits, rows, ids, penalties)
+        from quire_triton.kernels.penalize import penalize
+
+        return penalize(logits, rows, ids, penalties)
 
     def sample(self, logits: Tensor, settings: SamplingBatch) -> Tensor:
         if not self._samples(logits):

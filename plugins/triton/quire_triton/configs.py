@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+
+from quire_triton import architectures
 
 SHARED_MEMORY = {
     "sm_80": 163 * 1024,
@@ -45,14 +46,13 @@ def architecture(device: torch.device) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _architecture(device: torch.device, hip: str | None) -> str:
-    properties: Any = torch.cuda.get_device_properties(device)
-    if hip is not None:
-        name = properties.gcnArchName.partition(":")[0]
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
-        if name == "sm_103":
-            name = "sm_100"
+    name = architectures.of("cuda", torch.cuda.get_device_properties(device), hip is not None).name
+    name = _KIN.get(name, name)
     return name if name in SHARED_MEMORY else "other"
+
+
+# Architectures that another's rows fit in every number: the same matrix units, and no less of anything.
+_KIN = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120", "gfx1101": "gfx1100", "gfx1102": "gfx1100"}
 
 
 @functools.lru_cache(maxsize=16)
@@ -84,6 +84,16 @@ _DECODE: dict[str, dict[int, Tile]] = {
     "gfx1100": {64: Tile(16, 32, 2, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 8, 1)},
     "other": {64: Tile(16, 32, 4, 2), 128: Tile(16, 32, 4, 2), 256: Tile(16, 16, 4, 1)},
 }
+# The same for any number of queries (batch-invariant): fewer rows than prefill has, since decoding fills few of them, and
+# registers for the sums of the parts before; where there is no row, prefill's.
+_ANY: dict[str, dict[int, Tile]] = {
+    "sm_80": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
+    "sm_86": {64: Tile(64, 64, 4, 3), 128: Tile(64, 32, 8, 3), 256: Tile(32, 32, 8, 2)},
+    "sm_90": {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "sm_100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
+    "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
+    "gfx1100": {64: Tile(32, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
 _SAME_AS = {"sm_89": "sm_86", "sm_120": "sm_86", "gfx90a": "gfx942", "gfx950": "gfx942"}
 # Latent attention's, 576 channels of which 512 are values: architecture -> (prompts, decode).
 _LATENT: dict[str, tuple[Tile, Tile]] = {
@@ -96,9 +106,15 @@ _LATENT: dict[str, tuple[Tile, Tile]] = {
     "other": (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 _LATENT_FLOAT32 = Tile(16, 16, 8, 1)
-# Products of float32 are not tensor-core products: one small tile does everywhere.
-_PREFILL_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)}
-_DECODE_FLOAT32 = {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)}
+# Products of float32 are not tensor-core products: one small tile does nearly everywhere (RDNA 3 has fewer registers).
+_PREFILL_FLOAT32 = {
+    "gfx1100": {64: Tile(16, 32, 8, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 16, 1)},
+    "other": {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 8, 1), 256: Tile(16, 32, 8, 1)},
+}
+_DECODE_FLOAT32 = {
+    "gfx1100": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 16, 1)},
+    "other": {64: Tile(16, 32, 4, 1), 128: Tile(16, 32, 4, 1), 256: Tile(16, 16, 4, 1)},
+}
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ _PRODUCT: dict[str, dict[str, tuple[Product, Product, Product]]] = {
     },
     "sm_86": {
         "dense": (Product(16, 64, 64, 4, 4), Product(64, 64, 64, 4, 3), Product(64, 128, 32, 4, 3)),
-        "integers": (Product(16, 64, 128, 4, 4), Product(64, 64, 32, 4, 3), Product(64, 128, 32, 8, 3)),
+        "integers": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 4, 2), Product(64, 128, 32, 8, 3)),
         "both": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 4, 4), Product(128, 128, 64, 8, 3)),
     },
     "sm_90": {
@@ -200,20 +216,15 @@ def e4m3_in_torch(arch: str, rows: int) -> bool:
     return arch in _SCALED_MM_ROWS and rows >= _SCALED_MM_ROWS[arch]
 
 
-E4M3 = {
-    "sm_89": torch.float8_e4m3fn,
-    "sm_90": torch.float8_e4m3fn,
-    "sm_100": torch.float8_e4m3fn,
-    "sm_120": torch.float8_e4m3fn,
-    "gfx942": torch.float8_e4m3fnuz,
-    "gfx950": torch.float8_e4m3fn,
-}
-"""Architectures whose matrix units take e4m3, and in which form."""
+def e4m3(arch: str) -> torch.dtype | None:
+    """The form of e4m3 that the matrix units of ``arch`` take; None where they take none."""
+    known = architectures.ARCHITECTURES.get(arch)
+    return None if known is None or known.fp8 is None else getattr(torch, known.fp8)
 
 
 def formats(arch: str) -> frozenset[str]:
     """Names of ``--quantization`` that the products have on ``arch``."""
-    both = () if arch == "other" else ("w8a8", "fp8") if arch in E4M3 else ("w8a8",)
+    both = () if arch == "other" else ("w8a8",) if e4m3(arch) is None else ("w8a8", "fp8")
     return frozenset({"int8", "int4", "int4-64", "int4-128", *both})
 
 
@@ -231,7 +242,8 @@ def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int 
     """
     arch = _SAME_AS.get(arch, arch)
     if itemsize > 2:
-        table = _DECODE_FLOAT32 if decode else _PREFILL_FLOAT32
+        tables = _DECODE_FLOAT32 if decode else _PREFILL_FLOAT32
+        table = tables.get(arch, tables["other"])
     else:
         table = (_DECODE if decode else _PREFILL)[arch]
     for largest, tile in table.items():
@@ -241,6 +253,15 @@ def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int 
                 rows *= 2
             return Tile(rows, tile.keys, tile.warps, tile.stages)
     raise ValueError(f"head_dim is {head_dim}; the attention kernel goes to 256")
+
+
+def attention_of_any(arch: str, itemsize: int, head_dim: int, group: int = 1) -> Tile:
+    """The tile for any number of queries, where bits must not depend on it. Raises ValueError as :func:`attention`."""
+    tile = attention(arch, itemsize, head_dim, False)
+    if itemsize <= 2:
+        table = _ANY.get(_SAME_AS.get(arch, arch), {})
+        tile = next((own for largest, own in table.items() if head_dim <= largest), tile)
+    return replace(tile, rows=max(tile.rows, 1 << (group - 1).bit_length()))
 
 
 def latent(arch: str, itemsize: int, decode: bool, group: int) -> Tile:

@@ -34,6 +34,8 @@ log = logging.getLogger("quire.triton")
 SWAP_PAGES = 64
 """Pages gathered at once on their way to or from the host: they take that much of the device's memory meanwhile."""
 
+MAKERS = {"cuda": "nvidia", "hip": "amd", "xpu": "intel"}
+"""Attributes of torch.version, and Triton's names for those whose GPUs it compiles for."""
 BUILDS = {"cuda": "CUDA", "hip": "ROCm", "xpu": "XPU"}
 """Attributes of torch.version, and what the builds that have them are called."""
 
@@ -99,6 +101,10 @@ class GpuBackend(TritonOps):
     def details(self, properties: Any) -> str:
         """One line about a device beside its name."""
         return ""
+
+    @property
+    def maker(self) -> str:  # type: ignore[override]
+        return MAKERS[self.build]
 
     @property
     def module(self) -> Any:

@@ -7,9 +7,11 @@ FlashAttention, https://arxiv.org/abs/2205.14135). For few queries and long cont
 (Dao et al. 2023, Flash-Decoding, https://pytorch.org/blog/flash-decoding/), which attention_merge.py joins.
 
 Bits: tiles of keys lie at multiples of BLOCK_N from the sequence's start, and a tile that shows a query nothing leaves
-its sums as they were, so a query's bits do not depend on the tile of queries that it is computed in. Cut into parts,
-they depend on where the cuts lie: with ``split_len`` at its multiples (the batch-invariant variant), else where an
-even division of the sequence into ``n_splits`` puts them.
+its sums as they were, so a query's bits do not depend on which of a tile's rows it is. They do depend on BLOCK_N, on the
+instruction that the tile's shape gives, and on where the keys are cut: an even division of the sequence into ``n_splits``
+puts the cuts anywhere. The batch-invariant variant has one tile for every number of queries and cuts at multiples of
+``split_len``; a tile of many queries then goes through the parts one by one (PARTED) and joins them as
+attention_merge.py does.
 """
 
 from __future__ import annotations
@@ -121,6 +123,39 @@ def _tile(
     return new_top, total, acc
 
 
+@triton.jit
+def _keys(
+    q, q_rest, top, total, acc, low, whole_low, whole_high, high, lo, position, k_ptr, v_ptr, key_scales_ptr,
+    value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    REST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, EIGHT_BITS: tl.constexpr, WHOLE: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """The keys [low, high), of which those in [whole_low, whole_high) are visible to every query (not WHOLE: masked all)."""
+    if WHOLE:
+        if WINDOW:
+            for start in tl.range(low, whole_low, BLOCK_N):
+                top, total, acc = _tile(
+                    q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
+                    table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
+                    KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
+                )  # fmt: skip
+        for start in tl.range(whole_low, whole_high, BLOCK_N):
+            top, total, acc = _tile(
+                q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
+                table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
+                KV_HEADS, WINDOW, CAP, EIGHT_BITS, False, DOT,
+            )  # fmt: skip
+    else:
+        whole_high = low
+    for start in tl.range(whole_high, high, BLOCK_N):
+        top, total, acc = _tile(
+            q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
+            table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
+            KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
+        )  # fmt: skip
+    return top, total, acc
+
+
 @triton.jit(do_not_specialize=["n_splits", "split_len", "shortest", "window", "table_stride"])
 def attention_kernel(
     q_ptr, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr, out_ptr, part_ptr, stats_ptr, table_ptr, start_ptr, lens_ptr,
@@ -128,7 +163,7 @@ def attention_kernel(
     HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, EIGHT_BITS: tl.constexpr, TILES: tl.constexpr,
-    SPLIT: tl.constexpr, DOT: tl.constexpr,
+    SPLIT: tl.constexpr, PARTED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, KV heads, parts), or (tiles, blocks of a tile's rows, parts) where attention is latent.
 
@@ -138,7 +173,7 @@ def attention_kernel(
     (sequence, first query within it), or without TILES tile n is the one query of sequence n. factor: what a score is
     multiplied with to be an exponent of 2 (after a soft cap; cap_in before it). DOT: the type of the products'
     factors. With SPLIT a part's sums go to part float32 [tiles, KV heads, BLOCK_Q * GROUP, parts, D] and (maximum, sum)
-    to stats [..., parts, 2].
+    to stats [..., parts, 2]. PARTED: parts of ``split_len`` keys, summed apart and joined here.
     """
     KV_HEADS: tl.constexpr = HQ // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -186,38 +221,38 @@ def attention_kernel(
     value_scales_ptr += kv_head * PAGE
     table_ptr += sequence.to(tl.int64) * table_stride
 
-    if SPLIT or REST:  # a latent key's tile leaves no registers for a second loop
-        for start in tl.range(low, high, BLOCK_N):
-            top, total, acc = _tile(
-                q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
-                table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
-                KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
+    # Only the tiles at the ends need masks: [low, whole_low) a window's, [whole_high, high) the diagonal. A latent key's
+    # tile leaves no registers for a second loop.
+    WHOLE: tl.constexpr = not (SPLIT or REST)
+    whole_low, whole_high = low, tl.maximum(((oldest + 1) // BLOCK_N) * BLOCK_N, low)
+    if WINDOW:
+        last = tl.maximum(oldest + count - window, 0)
+        whole_low = tl.minimum(tl.maximum(tl.cdiv(last, BLOCK_N) * BLOCK_N, low), high)
+        whole_high = tl.maximum(whole_high, whole_low)
+    if PARTED:
+        for part in range(low // split_len, tl.cdiv(high, split_len)):
+            begin_part, end_part = tl.maximum(part * split_len, low), tl.minimum((part + 1) * split_len, high)
+            low_part = tl.minimum(tl.maximum(whole_low, begin_part), end_part)
+            high_part = tl.minimum(tl.maximum(whole_high, low_part), end_part)
+            part_top, part_total, part_acc = _keys(
+                q, q_rest, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32),
+                tl.zeros([BLOCK_M, BLOCK_D], tl.float32), begin_part, low_part, high_part, end_part, lo, position, k_ptr,
+                v_ptr, key_scales_ptr, value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D,
+                BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, DOT,
             )  # fmt: skip
+            # As attention_merge.py; a row that the part showed nothing stays as it is.
+            new_top = tl.maximum(top, part_top)
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            decay, weight = tl.exp2(top - base), tl.exp2(part_top - base)
+            acc = tl.fma(part_acc, weight[:, None], acc * decay[:, None])
+            total = tl.fma(part_total, weight, total * decay)
+            top = new_top
     else:
-        # Only the tiles at the ends need masks: [low, whole_low) a window's, [whole_high, high) the diagonal.
-        whole_low, whole_high = low, tl.maximum(((oldest + 1) // BLOCK_N) * BLOCK_N, low)
-        if WINDOW:
-            last = tl.maximum(oldest + count - window, 0)
-            whole_low = tl.minimum(tl.maximum(tl.cdiv(last, BLOCK_N) * BLOCK_N, low), high)
-            whole_high = tl.maximum(whole_high, whole_low)
-            for start in tl.range(low, whole_low, BLOCK_N):
-                top, total, acc = _tile(
-                    q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
-                    table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
-                    KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
-                )  # fmt: skip
-        for start in tl.range(whole_low, whole_high, BLOCK_N):
-            top, total, acc = _tile(
-                q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
-                table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
-                KV_HEADS, WINDOW, CAP, EIGHT_BITS, False, DOT,
-            )  # fmt: skip
-        for start in tl.range(whole_high, high, BLOCK_N):
-            top, total, acc = _tile(
-                q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
-                table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
-                KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
-            )  # fmt: skip
+        top, total, acc = _keys(
+            q, q_rest, top, total, acc, low, whole_low, whole_high, high, lo, position, k_ptr, v_ptr, key_scales_ptr,
+            value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N,
+            PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, DOT,
+        )  # fmt: skip
 
     if SPLIT:
         rows = (tile.to(tl.int64) * KV_HEADS + kv_head) * (BLOCK_Q * GROUP) + row

@@ -38,8 +38,9 @@ def attention_merge_kernel(
                 new_top = tl.maximum(top, highest)
                 decay, weight = tl.exp2(top - new_top), tl.exp2(highest - new_top)
                 values = tl.load(part_ptr + (part + split) * D + d, mask=d < D, other=0.0)
-                acc = acc * decay + values * weight
-                total = total * decay + tl.load(stats_ptr + 2 * (part + split) + 1) * weight
+                # Said as one operation, so that attention_kernel, which joins parts too, rounds alike.
+                acc = tl.fma(values, weight, acc * decay)
+                total = tl.fma(tl.load(stats_ptr + 2 * (part + split) + 1), weight, total * decay)
                 top = new_top
         acc = acc / tl.where(total == 0.0, 1.0, total)
         at = ((begin + first + token).to(tl.int64) * HQ + head) * D + d
