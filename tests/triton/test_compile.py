@@ -46,11 +46,11 @@ CACHE_SPILLS = (
 )  # fmt: skip
 
 
-def compiled(arch: str, names: str, folder) -> list[dict]:
+def compiled(arch: str, names: str, folder, seconds: int = 290) -> list[dict]:
     command = [sys.executable, "-m", "tests.triton.aot", arch, names]
     result = subprocess.run(
         command, cwd=ROOT, env={**environment(interpret=False), "TRITON_CACHE_DIR": str(folder)}, capture_output=True,
-        text=True, timeout=290,
+        text=True, timeout=seconds,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -91,9 +91,10 @@ def test_products_compile_fit_and_multiply_in_hardware(arch, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ARCHITECTURES + MORE)
 def test_every_product_compiles_and_fits(arch, tmp_path):
-    rows = compiled(arch, "product|quantize|count|sort|weigh|route", tmp_path)
+    rows = compiled(arch, "product|quantize|count|sort|weigh|route", tmp_path, 890)
     assert len(rows) >= 56
     assert len({row["kernel"] for row in rows}) == 6
     check(arch, rows)
@@ -108,9 +109,10 @@ def test_small_and_latent_caches_and_sampling_compile_and_fit(arch, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_configuration_compiles_and_fits(arch, tmp_path):
-    rows = compiled(arch, "", tmp_path)
+    rows = compiled(arch, "", tmp_path, 890)
     assert len(rows) >= 90
     assert len({row["kernel"] for row in rows}) >= 22
     check(arch, rows)

@@ -85,9 +85,10 @@ def test_bits_of_the_kit_do_not_depend_on_company(tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("areas", WHOLE)
 def test_all_of_the_kit(tmp_path, areas):
-    passed = kit(tmp_path, areas, WHOLE[areas], 850)
+    passed = kit(tmp_path, areas, WHOLE[areas], 1700)
     assert {case["area"] for case in passed} == set(areas.split(","))
 
 
