@@ -96,14 +96,14 @@ def test_weight_bytes_is_the_published_size():
     maps = find_family(MODELS, qwen).weights(qwen)
     assert weight_bytes(maps, "bfloat16") == 2 * 494_032_768  # Qwen2.5-0.5B, from its model card's file
     assert weight_bytes(maps, "float32") == 4 * 494_032_768
-    # 24 layers of qkv (1152 x 896), out, gate and up, down; a head of int8 beside the bfloat16 table of the embedding,
+    # 24 layers of qkv (1152 x 896), out, gate and up, down; a head of the same bits beside the bfloat16 table of the embedding,
     # or in its place where the device looks rows up in it.
     body, table = 24 * (1152 * 896 + 896 * 896 + 3 * 4864 * 896), 151_936 * 896
     plain = 2 * (494_032_768 - body)
-    assert weight_bytes(maps, "bfloat16", "int8", tied=True) == plain + (body + table) * 33 // 32
-    assert weight_bytes(maps, "bfloat16", "int4", tied=True) == plain + body * 5 // 8 + table * 33 // 32
-    once = plain - 2 * table + body * 5 // 8 + table * 33 // 32
-    assert weight_bytes(maps, "bfloat16", "int4", True, {"int8"}) == once
+    assert weight_bytes(maps, "bfloat16", "int8", tied=True) == plain + (body + table) * 65 // 64
+    assert weight_bytes(maps, "bfloat16", "int4", tied=True) == plain + (body + table) * 9 // 16
+    once = plain - 2 * table + (body + table) * 9 // 16
+    assert weight_bytes(maps, "bfloat16", "int4", True, {"int4"}) == once
     assert weight_bytes(maps, "bfloat16", None, True, {"dense"}) == 2 * 494_032_768
     assert weight_bytes(maps, "bfloat16", None, True, set()) == 2 * (494_032_768 + table)
 
