@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,17 @@ def test_poison_is_failed_by_itself(tiny, undisturbed, monkeypatch, caplog, pois
     assert restarts <= 1 + 2 * len(poisons)
     if "step_timeout" in options:
         assert "did not end within 6 s (--step-timeout 6)" in caplog.text
+
+
+def test_requests_that_come_before_a_death_is_noticed_are_answered(tiny, undisturbed):
+    async def scenario(llm):
+        process = llm.engine._process
+        process.kill()
+        process.wait()  # the event loop, too: it cannot notice
+        time.sleep(0.3)  # the socket has lost its other end
+        return await innocents(llm), llm.engine.restarts
+
+    assert with_engine(tiny, scenario) == (undisturbed, 1)
 
 
 def test_a_request_that_was_not_taken_in_is_not_to_blame(tiny, undisturbed, monkeypatch, caplog, tmp_path):

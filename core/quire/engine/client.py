@@ -15,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -81,6 +82,7 @@ class EngineProcess:
         self._up = asyncio.Event()
         self._closing = False
         self._encoder = msgspec.msgpack.Encoder()
+        self._unsent: deque[list[bytes]] = deque()  # while nobody is connected
 
     # -- life ------------------------------------------------------------------------------------------------------
     def spawn(self) -> None:
@@ -123,7 +125,7 @@ class EngineProcess:
         self._closing = True
         process = self._process
         if process is not None and process.poll() is None:
-            with contextlib.suppress(zmq.Again):  # it is not yet connected: there is nobody to ask kindly
+            if self._to.poll(0, zmq.POLLOUT):  # else it is not yet connected: there is nobody to ask kindly
                 self._send(Shutdown(drain))
                 deadline = time.monotonic() + 2
                 while process.poll() is None and time.monotonic() < deadline:
@@ -142,6 +144,7 @@ class EngineProcess:
             if task is not current:
                 task.cancel()
         self._tasks = []
+        self._unsent.clear()  # what is open is sent to the next engine, when it is ready
         for end in (self._to, self._from):
             end.close(0)
         self._journal.close()
@@ -211,7 +214,23 @@ class EngineProcess:
     def _send(self, message: ToEngine, about: str = "") -> None:
         # PUSH without a high-water mark never blocks; what is queued is bounded by the requests that are open. Whom a
         # message is about goes ahead of it: the engine notes that before it decodes the rest.
-        self._to.send_multipart([about.encode(), self._encoder.encode(message)], zmq.NOBLOCK)
+        self._unsent.append([about.encode(), self._encoder.encode(message)])
+        if len(self._unsent) == 1 and not self._sent():
+            self._tasks.append(asyncio.create_task(self._send_later()))
+
+    def _sent(self) -> bool:
+        """Send what waits; False: the engine has ended and that is not noticed yet, or is not connected yet."""
+        try:
+            while self._unsent:
+                self._to.send_multipart(self._unsent[0], zmq.NOBLOCK)
+                self._unsent.popleft()
+        except zmq.Again:
+            return False
+        return True
+
+    async def _send_later(self) -> None:
+        while self.failure is None and not self._sent():
+            await asyncio.sleep(0.01)
 
     # -- what comes back -------------------------------------------------------------------------------------------
     async def _receive(self) -> None:
