@@ -264,20 +264,21 @@ void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row
     }
     const int64_t step_bytes = channels * 4;
     const char* later[blocks_of_tile];
-    // The part of the second half of what comes next that products with channels from c on fetch.
-    const auto find_later = [&](int64_t c) {
+    // The part of the second half of what comes next that products with `width` channels from c on fetch.
+    const auto find_later = [&](int64_t c, int64_t width) {
         for (int b = blocks.first; b < blocks.last; b++)
-            later[b] = ahead ? ahead->place(blocks_of_tile * half + (c * blocks_of_tile + b * 32) * half / channels, blocks.v[b])
+            later[b] = ahead ? ahead->place(blocks_of_tile * half + (c * blocks_of_tile + b * width) * half / channels,
+                                            blocks.v[b])
                              : blocks.v[b];
     };
     int64_t c = 0;
     for (; c + 32 <= channels; c += 32) {
-        find_later(c);
+        find_later(c, 32);
         values_of_rows<Dot, max_rows<Dot>, 32 / W>(rows, blocks.v, later, blocks.first, blocks.last, c * 4, step_bytes,
                                                    w.m.weights, w.m.values + c, channels);
     }
     if (c < channels) {
-        find_later(c);
+        find_later(c, 16);
         values_of_rows<Dot, max_rows<Dot>, 16 / W>(rows, blocks.v, later, blocks.first, blocks.last, c * 4, step_bytes,
                                                    w.m.weights, w.m.values + c, channels);
     }
