@@ -16,11 +16,12 @@ import time
 
 import torch
 
+from quire.quantization import FORMATS
 from quire_cpu import _native, native
 
 SHAPES = {"896->896": (896, 896), "896->2*4864": (9728, 896), "4864->896": (896, 4864), "896->151936": (151936, 896)}
 ROWS = (1, 2, 4, 8, 14, 16, 32, 64, 256, 1024)
-QUANTIZED = {"int8": (8, 128), "int4": (4, 64)}  # bits, and columns that share a scale
+QUANTIZED = {name: (FORMATS[name].bits, FORMATS[name].group) for name in ("int8", "int4")}
 CACHES = 192 << 20  # bytes of distinct weights that a round streams through
 
 

@@ -7,8 +7,8 @@
 // neither on the other rows nor on threads nor on the instruction set.
 //
 // Weights. Output rows in blocks of 32; a block holds, for each group of columns, 32 scales (bf16 or float32), 32 zero
-// points (int32) if there are any, and then the integers: for each step of 4 columns 32 times 4 bytes, or, in 4 bits, for each
-// two steps 32 times 4 bytes whose low halves are the first step's.
+// points (int32) if there are any, and then the integers: for each step of 4 columns 32 times 4 bytes, or, in 4 bits,
+// for each two steps 32 times 4 bytes whose low halves are the first step's.
 //
 // x. Rows in tiles of up to max_tile_rows; a tile holds, for each group, the rows' scales, what their sums begin with
 // (minus the sum of x, already times the middle of W's range where there are no zero points), and then for each step the
@@ -63,11 +63,13 @@ struct QuantCall {
 };
 
 size_t packed_bytes(const QuantShape& shape);
-// q [n, k] bytes, below 16 for 4 bits; scales [n, groups] of the shape's type; zeros [n, groups] bytes or null: then 2^(bits - 1).
+// q [n, k] bytes, below 16 for 4 bits; scales [n, groups] of the shape's type; zeros [n, groups] bytes or null: then
+// 2^(bits - 1).
 void pack_weight(const QuantShape& shape, const uint8_t* q, const void* scales, const uint8_t* zeros, char* packed);
 // Rounds W [n, k] (rows of float32 or bf16) and packs it, a group at a time: nothing of W's size is needed in between.
 // As quantize() of the reference: 8 bits make the largest magnitude of a group 127; 4 bits try four scales and keep the
-// one with the least squared error. A group that holds a NaN or an infinity gets a scale of NaN. No zero points, and scales in bf16.
+// one with the least squared error. A group that holds a NaN or an infinity gets a scale of NaN. Scales
+// are bf16, and there are no zero points.
 void pack_rounded(const QuantShape& shape, const Matrix& w, char* packed);
 void linear(const QuantCall& call);
 
