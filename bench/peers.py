@@ -118,7 +118,7 @@ def random_prompts(rng: random.Random, requests: int, length: int, vocab_size: i
 def arithmetic_rate(limits: dict[str, float], dtype: str, weights: str | None = None) -> float:
     """GFLOP/s of the best product that is exact enough: in ``dtype``, in float32 (a processor may have none of bfloat16)
     or, with integer weights, of 8-bit integers."""
-    return max(limits[RATE[dtype]], limits[RATE["float32"]], limits.get("int8_gop_s", 0.0) if weights else 0.0)
+    return max(limits[RATE[dtype]], limits.get(RATE["float32"], 0.0), limits.get("int8_gop_s", 0.0) if weights else 0.0)
 
 
 def bounds(
