@@ -181,12 +181,17 @@ def caches(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]
     """Caches in 8 bits, latent ones, and what writes and copies them."""
     for bits, dim, page in (("fp8", 64, 16), ("fp8", 128, 256), ("fp8", 256, 16), ("int8", 128, 16)):
         for decode in (False, True):
-            tile = configs.attention(arch, 2, dim, decode, 4)
+            tile = configs.attention(arch, 2, dim, decode, 4, eight_bits=True)
             constants = attention_constants(
                 tile, decode, D=dim, BLOCK_D=dim, EIGHT_BITS=2 if bits == "fp8" else 1, PAGE=page
             )
             name = f"{'decode' if decode else 'prefill'}-{bits}-{dim}"
             yield name, attention.attention_kernel, "bf16", constants, tile.warps, tile.stages
+    tile = configs.attention_of_any(arch, 2, 128, 4, eight_bits=True)
+    for decode in (False, True):
+        constants = attention_constants(tile, decode, D=128, BLOCK_D=128, EIGHT_BITS=2, PARTED=not decode)
+        name = f"invariant-fp8-128-{'decode' if decode else 'prefill'}"
+        yield name, attention.attention_kernel, "bf16", constants, tile.warps, tile.stages
     for heads, eight_bits, dtype, page in (
         (128, 0, "bf16", 64),
         (16, 0, "bf16", 16),

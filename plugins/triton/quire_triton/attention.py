@@ -98,12 +98,12 @@ def attention(
     if batch_invariant:
         # A query's bits are its tile's: one for every number of queries.
         if spec.value_dim is None:
-            few = many = configs.attention_of_any(arch, q.element_size(), spec.head_dim, ratio)
+            few = many = configs.attention_of_any(arch, q.element_size(), spec.head_dim, ratio, scales is not None)
         else:
             few = many = configs.latent(arch, q.element_size(), False, ratio)
     elif spec.value_dim is None:
         sizes = (arch, q.element_size(), spec.head_dim)
-        few, many = configs.attention(*sizes, True, ratio), configs.attention(*sizes, False, ratio)
+        few, many = (configs.attention(*sizes, decode, ratio, scales is not None) for decode in (True, False))
     else:
         few, many = (configs.latent(arch, q.element_size(), decode, ratio) for decode in (True, False))
     # Tokens that belong to no sequence get zeros, and no tile holds them.
