@@ -109,7 +109,7 @@ _LATENT: dict[str, tuple[Tile, Tile]] = {
     "sm_90": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     "sm_100": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     "gfx942": (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-    "gfx1100": (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    "gfx1100": (Tile(16, 16, 16, 1), Tile(16, 16, 16, 1)),
     "other": (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 _LATENT_FLOAT32 = Tile(16, 16, 8, 1)
