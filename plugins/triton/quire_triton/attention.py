@@ -170,8 +170,8 @@ class _Launch:
             *pointers, factor, cap_in, spec.window or 0, splits, split_len, configs.SHORTEST_SPLIT, table.stride(0),
             pool.stride(1), pool.stride(2), REST=rest, BLOCK_R=power_of_two(rest) if rest else 0, BLOCK_M=tile.rows,
             BLOCK_N=tile.keys, PAGE=pool.shape[2], WINDOW=spec.window is not None, CAP=spec.soft_cap is not None,
-            EIGHT_BITS=eight_bits, SPLIT=split, PARTED=parted, DOT=factors(q), num_warps=tile.warps,
-            num_stages=tile.stages, **shared,
+            EIGHT_BITS=eight_bits, SPLIT=split, PARTED=parted, STAY=configs.stay(configs.architecture(q.device)),
+            DOT=factors(q), num_warps=tile.warps, num_stages=tile.stages, **shared,
         )  # fmt: skip
         if split:
             attention_merge_kernel[(count, kv_heads, rows)](

@@ -274,6 +274,12 @@ def attention_of_any(arch: str, itemsize: int, head_dim: int, group: int = 1, ei
     return replace(tile, rows=max(tile.rows, 1 << (group - 1).bit_length()))
 
 
+def stay(arch: str) -> bool:
+    """Whether attention's loops compute what they do not change: addresses and descriptors kept around them take registers
+    that tiles need, except on sm_80 and its kin, where computing them within the pipelined loop takes more."""
+    return _SAME_AS.get(arch, arch) not in ("sm_80", "sm_86")
+
+
 def latent(arch: str, itemsize: int, decode: bool, group: int) -> Tile:
     """The tile of latent attention for queries of ``itemsize`` bytes, with no more rows than ``group`` heads need."""
     tile = _LATENT_FLOAT32 if itemsize > 2 else _LATENT[_SAME_AS.get(arch, arch)][decode]

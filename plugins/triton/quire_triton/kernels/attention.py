@@ -139,18 +139,19 @@ def _keys(
     q, q_rest, top, total, acc, low, whole_low, whole_high, high, lo, position, k_ptr, v_ptr, key_scales_ptr,
     value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D: tl.constexpr, BLOCK_D: tl.constexpr,
     REST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, EIGHT_BITS: tl.constexpr, WHOLE: tl.constexpr, DOT: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, EIGHT_BITS: tl.constexpr, WHOLE: tl.constexpr, STAY: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """The keys [low, high), of which those in [whole_low, whole_high) are visible to every query (not WHOLE: masked all)."""
     if WHOLE:
         if WINDOW:
-            for start in tl.range(low, whole_low, BLOCK_N, disable_licm=True):
+            for start in tl.range(low, whole_low, BLOCK_N, disable_licm=STAY):
                 top, total, acc = _tile(
                     q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
                     table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
                     KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
                 )  # fmt: skip
-        for start in tl.range(whole_low, whole_high, BLOCK_N, disable_licm=True):
+        for start in tl.range(whole_low, whole_high, BLOCK_N, disable_licm=STAY):
             top, total, acc = _tile(
                 q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
                 table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
@@ -158,7 +159,7 @@ def _keys(
             )  # fmt: skip
     else:
         whole_high = low
-    for start in tl.range(whole_high, high, BLOCK_N, disable_licm=True):
+    for start in tl.range(whole_high, high, BLOCK_N, disable_licm=STAY):
         top, total, acc = _tile(
             q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
             table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
@@ -174,7 +175,7 @@ def attention_kernel(
     HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, EIGHT_BITS: tl.constexpr, TILES: tl.constexpr,
-    SPLIT: tl.constexpr, PARTED: tl.constexpr, DOT: tl.constexpr,
+    SPLIT: tl.constexpr, PARTED: tl.constexpr, STAY: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, KV heads, parts), or (tiles, blocks of a tile's rows, parts) where attention is latent.
 
@@ -185,6 +186,7 @@ def attention_kernel(
     multiplied with to be an exponent of 2 (after a soft cap; cap_in before it). DOT: the type of the products'
     factors. With SPLIT a part's sums go to part float32 [tiles, KV heads, BLOCK_Q * GROUP, parts, D] and (maximum, sum)
     to stats [..., parts, 2]. PARTED: parts of ``split_len`` keys, summed apart and joined here.
+    STAY: what a loop does not change is computed in it all the same, where registers to keep it are missing.
     """
     KV_HEADS: tl.constexpr = HQ // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -241,7 +243,7 @@ def attention_kernel(
         whole_low = tl.minimum(tl.maximum(tl.cdiv(last, BLOCK_N) * BLOCK_N, low), high)
         whole_high = tl.maximum(whole_high, whole_low)
     if PARTED:
-        for part in tl.range(low // split_len, tl.cdiv(high, split_len), num_stages=1, disable_licm=True):
+        for part in tl.range(low // split_len, tl.cdiv(high, split_len), num_stages=1, disable_licm=STAY):
             begin_part, end_part = tl.maximum(part * split_len, low), tl.minimum((part + 1) * split_len, high)
             low_part = tl.minimum(tl.maximum(whole_low, begin_part), end_part)
             high_part = tl.minimum(tl.maximum(whole_high, low_part), end_part)
@@ -249,7 +251,7 @@ def attention_kernel(
                 q, q_rest, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32),
                 tl.zeros([BLOCK_M, BLOCK_D], tl.float32), begin_part, low_part, high_part, end_part, lo, position, k_ptr,
                 v_ptr, key_scales_ptr, value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D,
-                BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, DOT,
+                BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, STAY, DOT,
             )  # fmt: skip
             # As attention_merge.py; a row that the part showed nothing stays as it is.
             new_top = tl.maximum(top, part_top)
@@ -262,7 +264,7 @@ def attention_kernel(
         top, total, acc = _keys(
             q, q_rest, top, total, acc, low, whole_low, whole_high, high, lo, position, k_ptr, v_ptr, key_scales_ptr,
             value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N,
-            PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, DOT,
+            PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, STAY, DOT,
         )  # fmt: skip
 
     if SPLIT:
