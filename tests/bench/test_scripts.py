@@ -121,6 +121,14 @@ def test_the_bound_of_both_is_below_each(checkpoint):
     assert allowed["both"] > 0
 
 
+def test_arithmetic_is_the_best_product_that_is_exact_enough():
+    limits = {"bf16_gflop_s": 5.0, "float32_gflop_s": 100.0, "int8_gop_s": 300.0}
+    assert peers.arithmetic_rate(limits, "bfloat16") == 100.0
+    assert peers.arithmetic_rate(limits, "bfloat16", "int4") == 300.0
+    assert peers.arithmetic_rate(limits | {"bf16_gflop_s": 200.0}, "bfloat16") == 200.0
+    assert peers.arithmetic_rate(limits | {"bf16_gflop_s": 200.0}, "float32") == 100.0
+
+
 def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"no \.safetensors"):

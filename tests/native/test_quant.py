@@ -45,6 +45,18 @@ def test_float64(isa, dtype, bits, zeros, scale_dtype, rows, n, k, group):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_the_largest_integers_do_not_overflow(isa, bits, group):
+    """Some instruction sets add neighbours in 16 bits first."""
+    largest = torch.tensor([0, (1 << bits) - 1, 1 << (bits - 1), 1], dtype=torch.uint8)
+    q = largest[:, None].expand(4, 2 * group).repeat(8, 1)
+    scales, x = torch.ones(32, 2), torch.tensor([[127.0], [-127.0]]).expand(2, 2 * group)
+    for zeros, middle in ((None, 1 << (bits - 1)), (torch.zeros(32, 2, dtype=torch.uint8), 0)):
+        y = native.linear(x, native.pack_integers(q, scales, zeros, bits, group))
+        assert torch.equal(y, F.linear(x, q.float() - middle))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
 def test_bits_do_not_depend_on_rows_threads_place_or_instruction_set(dtype, bits):
     q, scales, zero, _ = integers(192, 1500, bits, 32, True)
     packed, x = native.pack_integers(q, scales, zero, bits, 32), torch.randn(600, 1500).to(dtype)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import mmap
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +32,8 @@ from quire.spec import (
 from quire.weights.checkpoint import Checkpoint, weight_bytes
 
 Read = Callable[[WeightMap], Tensor]
+OWN_PAGES = 1 << 18  # bytes from which a weight, on its way to the device, has pages of its own
+COPIED_AT_ONCE = 16 << 20  # bytes of a file that are in memory beside their copy, about
 DUMMY_BLOCK = 1_048_573
 """Random numbers that are drawn for one dummy weight; a larger one repeats them. A prime, so that rows differ."""
 
@@ -103,14 +107,31 @@ def _assemble(
 
 def _stored_tensor(checkpoint: Checkpoint, weight: WeightMap, dtype: torch.dtype) -> Tensor:
     """The parts joined and converted in one copy. It is our own memory, even when nothing changes: a checkpoint that
-    is overwritten or cut short while it serves must not reach the model, nor end the process."""
-    joined = torch.empty(weight.shape, dtype=dtype)
+    is overwritten or cut short while it serves must not reach the model, nor end the process. The file's pages are given
+    back as the copy goes on, so that a part is never in memory twice."""
+    joined = _own_pages(weight.shape, dtype)
     row = 0
     for part in weight.parts:
-        joined[row : row + part.shape[0]] = checkpoint.tensor(part.name)
-        checkpoint.release(part.name)
-        row += part.shape[0]
+        stored = checkpoint.tensor(part.name)
+        rows = max(1, COPIED_AT_ONCE // max(1, stored[:1].nbytes))
+        for piece in stored.split(rows):
+            joined[row : row + len(piece)] = piece
+            checkpoint.release(part.name)
+            row += len(piece)
     return joined
+
+
+def _own_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; a large one in pages of its own, which the system has back once nothing refers to it.
+    malloc would keep what each matrix leaves behind, cut up by the small tensors that stay: a third of a small model."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(shape, dtype=dtype)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
 
 
 def dummy_tensor(weight: WeightMap, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Tensor:

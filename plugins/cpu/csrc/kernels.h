@@ -21,6 +21,7 @@ struct Kernels {
     int quant_tile_rows, quant_x_step;
     void (*quant_pack_x)(const QuantXArgs& args, int64_t tile, int64_t group0, int64_t group1);
     void (*quant_block)(const QuantArgs& args, int64_t block, int64_t tile0, int64_t tile1, float* scratch);
+    void (*quant_round)(const QuantShape& shape, const Matrix& w, int64_t block, char* out);
     // Attention: see attention.h. Bytes of working memory that a task of so many rows (queries times group) needs.
     int64_t (*attention_scratch)(const AttentionArgs& args, int rows);
     void (*attention_task)(const AttentionArgs& args, const AttentionTask& task, char* scratch);

@@ -22,10 +22,12 @@ int64_t groups_of(int64_t n) { return (n + group_rows - 1) / group_rows; }
 
 void pack_group(const char* w, int64_t row_bytes, int64_t n, int64_t k, DType type, int64_t group, char* out) {
     const int64_t steps = steps_of(k, type), used = k * dtype_bytes(type);
-    // 16 steps of 32 rows at a time: a line of each row, read whole, and 2 KB to write.
+    // 16 steps of 32 rows at a time: a line of each row, read whole, and 2 KB to write. No processor's own prefetcher
+    // follows 32 rows.
     for (int64_t s = 0; s < steps; s += step_block, out += step_block * step_bytes) {
         for (int i = 0; i < group_rows; i++) {
             const int64_t row = group * group_rows + i, from = s * 4;
+            if (row < n && from + 64 < used) __builtin_prefetch(w + row * row_bytes + from + 64);
             uint32_t units[step_block] = {};
             if (row < n && from < used)
                 std::memcpy(units, w + row * row_bytes + from, size_t(used - from < 64 ? used - from : 64));

@@ -4,7 +4,6 @@
 #include <cstring>
 #include <memory>
 
-#include "bf16.h"
 #include "kernels.h"
 #include "memory.h"
 #include "pool.h"
@@ -42,90 +41,6 @@ void pack_block(const QuantShape& s, const uint8_t* q, const char* scales, const
     }
 }
 
-// `count` elements of a row from `column` on as floats, zeros up to `group`.
-void load_floats(const Matrix& m, int64_t row, int64_t column, int64_t count, int group, float* out) {
-    if (m.type == DType::f32) {
-        std::memcpy(out, static_cast<const float*>(m.data) + row * m.stride + column, size_t(count) * 4);
-    } else {
-        const uint16_t* from = static_cast<const uint16_t*>(m.data) + row * m.stride + column;
-        for (int64_t c = 0; c < count; c++) out[c] = from_bf16(from[c]);
-    }
-    std::fill(out + count, out + group, 0.0f);
-}
-
-struct Rounding {
-    float scale;
-    double error;
-    int8_t q[128];
-};
-
-// x to integers when its largest magnitude, `extreme`, is to become `most`; a negative `most` keeps extreme's sign.
-// `compare`: sum the squared errors, too.
-void round_to(const float* x, int group, float extreme, float most, int middle, bool compare, Rounding& out) {
-    constexpr float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-    const float scale = from_bf16(to_bf16(most < 0 ? extreme / most : (extreme < 0 ? -extreme : extreme) / most));
-    const float divisor = scale != 0 ? scale : 1.0f, low = float(-middle), high = float(middle - 1);
-    float rounded[128];
-    for (int c = 0; c < group; c++) {
-        float q = (x[c] / divisor + magic) - magic;
-        q = q > low ? q : low;  // also for NaN
-        rounded[c] = q < high ? q : high;
-    }
-    for (int c = 0; c < group; c++) out.q[c] = int8_t(int32_t(rounded[c]));
-    out.scale = scale;
-    if (!compare) return;
-    double errors[4] = {};
-    for (int c = 0; c < group; c += 4)
-        for (int j = 0; j < 4; j++) {
-            const double error = double(rounded[c + j] * scale - x[c + j]);
-            errors[j] += error * error;
-        }
-    out.error = (errors[0] + errors[1]) + (errors[2] + errors[3]);
-}
-
-Rounding round_group(const float* x, int group, int bits) {
-    float extreme = 0, odd = 0;
-    for (int c = 0; c < group; c++) {
-        odd += x[c] * 0.0f;
-        if ((x[c] < 0 ? -x[c] : x[c]) > (extreme < 0 ? -extreme : extreme)) extreme = x[c];
-    }
-    Rounding best, next;
-    if (bits == 8) {
-        round_to(x, group, extreme, 127.0f, 128, false, best);
-    } else {
-        round_to(x, group, extreme, -8.0f, 8, true, best);
-        for (const float most : {-8.7f, 7.0f, 7.7f}) {
-            round_to(x, group, extreme, most, 8, true, next);
-            if (next.error < best.error) best = next;
-        }
-    }
-    if (odd != 0) best.scale = odd;  // NaN, then
-    return best;
-}
-
-void round_block(const QuantShape& s, const Matrix& w, int64_t block, char* out) {
-    const int middle = 1 << (s.bits - 1);
-    float x[128];
-    for (int64_t g = 0; g < s.groups(); g++, out += s.group_bytes()) {
-        std::memset(out, 0, size_t(s.group_bytes()));
-        for (int i = 0; i < group_rows && block * group_rows + i < s.n; i++) {
-            const int64_t column = g * s.group;
-            load_floats(w, block * group_rows + i, column, std::min<int64_t>(s.group, s.k - column), s.group, x);
-            const Rounding rounded = round_group(x, s.group, s.bits);
-            const uint16_t scale = to_bf16(rounded.scale);
-            std::memcpy(out + i * 2, &scale, 2);
-            char* data = out + s.header_bytes() + i * 4;
-            for (int c = 0; c < s.group; c += 4, data += c % (32 / s.bits) ? 0 : step_bytes) {
-                uint8_t four[4];
-                for (int j = 0; j < 4; j++) four[j] = uint8_t(rounded.q[c + j] + middle);
-                if (s.bits == 4 && c % 8)
-                    for (int j = 0; j < 4; j++) four[j] = uint8_t(four[j] << 4 | uint8_t(data[j]));
-                std::memcpy(data, four, 4);
-            }
-        }
-    }
-}
-
 Matrix rows_from(Matrix m, int64_t row) {
     if (m.data) m.data = static_cast<char*>(m.data) + row * m.stride * dtype_bytes(m.type);
     return m;
@@ -146,10 +61,11 @@ void pack_weight(const QuantShape& shape, const uint8_t* q, const void* scales, 
 }
 
 void pack_rounded(const QuantShape& shape, const Matrix& w, char* packed) {
+    const Kernels& isa = kernels();
     const std::shared_ptr<Pool> held = current_pool();
     Shares shares(shape.blocks(), held->size());
     held->run([&](int worker) {
-        shares.each(worker, [&](int64_t block) { round_block(shape, w, block, packed + block * shape.block_bytes()); });
+        shares.each(worker, [&](int64_t block) { isa.quant_round(shape, w, block, packed + block * shape.block_bytes()); });
     });
 }
 

@@ -33,6 +33,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 GROUP_ROWS = 32  # of a weight, side by side in its packed form
 NOTHING = (0, 0, 0)  # in place of rows
+LARGE = 1 << 20  # bytes of a result
 
 
 def set_threads(count: int, pin: bool = True, spin_us: int = 50) -> Placement:
@@ -60,27 +61,44 @@ def as_tensor(buffer: _native.Buffer, dtype: torch.dtype) -> Tensor:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tensor for a result: while a step is recorded, in memory that stays the step's own."""
+    """A tensor for a result: while a step is recorded, in memory that stays the step's own. Large ones are pieces that
+    are used again, too: malloc's heap grows to twice what a step of many tokens needs, and is cut up."""
     arena = _recording.arena
-    return torch.empty(shape, dtype=dtype) if arena is None else arena.empty(shape, dtype)
+    if arena is None:
+        if math.prod(shape) * dtype.itemsize < LARGE:
+            return torch.empty(shape, dtype=dtype)
+        arena = _large
+    return arena.empty(shape, dtype)
 
 
 class Arena:
-    """Memory for the results of recorded steps. A piece is used again, within a recording, when nothing refers to its
-    tensor any more; replays go through the same pieces in the same order. Recordings share it: one runs at a time, and
-    what one returns is read before the next."""
+    """Memory for results, of recorded steps above all. A piece is used again when nothing refers to its tensor any more,
+    the smallest that fits; replays of a recording go through the same pieces in the same order. Recordings share it: one
+    runs at a time, and what one returns is read before the next."""
 
     def __init__(self) -> None:
         self.free: dict[int, list[_native.Buffer]] = {}  # by size
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
-        size = 1 << max(12, (count * dtype.itemsize - 1).bit_length())  # few sizes, so that pieces fit again
-        pieces = self.free.setdefault(size, [])
-        buffer = pieces.pop() if pieces else _native.Buffer(size)
-        memory = (ctypes.c_char * size).from_address(buffer.address)
-        weakref.finalize(memory, pieces.append, buffer)  # with the storage, that is with the last view
+        buffer = self._piece(
+            1 << max(12, (count * dtype.itemsize - 1).bit_length())
+        )  # few sizes, so that pieces fit again
+        memory = (ctypes.c_char * buffer.size).from_address(buffer.address)
+        weakref.finalize(
+            memory, self.free.setdefault(buffer.size, []).append, buffer
+        )  # with the storage: the last view
         return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
+
+    def _piece(self, size: int) -> _native.Buffer:
+        for held in sorted(self.free):  # a copy: other threads return pieces meanwhile, and take them
+            if held >= size:
+                with contextlib.suppress(IndexError):
+                    return self.free[held].pop()
+        return _native.Buffer(size)
+
+
+_large = Arena()
 
 
 class _Recording(threading.local):

@@ -9,15 +9,23 @@
 namespace quire::QUIRE_ISA {
 namespace {
 
+constexpr int block_vectors = key_block / W;  // of keys, or as many channels
+constexpr int sums_in_registers = 12;         // where there are 16
 template <class Dot>
-constexpr int max_rows = rows_in_registers<Dot>(32 / W);
+constexpr int max_rows = REGISTERS == 32 ? rows_in_registers<Dot>(2 * block_vectors) : sums_in_registers / block_vectors;
+// Whether the sums of ROWS queries for two blocks of keys, or 32 channels, stay in registers. Else they are made for half.
+constexpr bool both_in_registers(int rows) { return REGISTERS == 32 || rows * 2 * block_vectors <= sums_in_registers; }
 
-// The 32 scores of two blocks of keys for ROWS queries. Meanwhile fetches as many bytes from `ahead` on.
-template <class Dot, int ROWS>
-void scores_of(const char* const k[2], const char* q, int64_t q_block_bytes, int64_t steps, float* out,
-               const char* ahead) {
-    constexpr int NV = 2 * key_block / W;
-    const char *k0 = k[0], *k1 = k[1];
+// Where registers are few, a fetch in each step costs a third of the time: none is made where nothing is to come.
+QUIRE_INLINE void fetch_line(uintptr_t next, bool wanted) {
+    if (REGISTERS == 32 || wanted) prefetch_l2(next);
+}
+
+// The scores of two blocks of keys, or of one, 16 each, for ROWS queries. Meanwhile fetches as many bytes from `ahead` on.
+template <class Dot, int ROWS, int BLOCKS>
+void scores_of(const char* k0, const char* k1, const char* q, int64_t q_block_bytes, int64_t steps, float* out,
+               const char* ahead, bool wanted) {
+    constexpr int NV = BLOCKS * block_vectors;
     uintptr_t next = reinterpret_cast<uintptr_t>(ahead);
     VF a[ROWS][NV];
 #pragma GCC unroll 32
@@ -26,10 +34,11 @@ void scores_of(const char* const k[2], const char* q, int64_t q_block_bytes, int
         for (int j = 0; j < NV; j++) a[r][j] = zero();
     for (int64_t block = 0; block < steps; block += step_block, q += q_block_bytes) {
         const int count = int(smaller<int64_t>(step_block, steps - block));
-        for (int s = 0; s < count; s++, k0 += 64, k1 += 64, next += 128) {
-            prefetch_l2(next);
-            prefetch_l2(next + 64);
-            multiply_step<Dot, ROWS, NV>(a, k0, k1, q + s * Dot::x_bytes, step_block * Dot::x_bytes);
+        for (int s = 0; s < count; s++, k0 += 64, k1 += 64, next += BLOCKS * 64) {
+            fetch_line(next, wanted);
+            if (BLOCKS == 2) fetch_line(next + 64, wanted);
+            multiply_step<Dot, ROWS, NV>(a, k0, BLOCKS == 2 ? k1 : k0 + (NV + 1) / 2 * W * 4, q + s * Dot::x_bytes,
+                                         step_block * Dot::x_bytes);
         }
     }
 #pragma GCC unroll 32
@@ -41,8 +50,8 @@ void scores_of(const char* const k[2], const char* q, int64_t q_block_bytes, int
 // VECTORS vectors of channels, from byte `offset` of a step on, of weights * values over some blocks of keys, for ROWS
 // queries. Meanwhile fetches, for each block, as many bytes from its `ahead` on.
 template <class Dot, int ROWS, int VECTORS>
-void values_of(const char* const* v, const char* const* ahead, int first, int last, int64_t offset, int64_t step_stride,
-               const char* p, float* out, int64_t out_stride) {
+void values_of(const char* const* v, const char* const* ahead, bool wanted, int first, int last, int64_t offset,
+               int64_t step_stride, const char* p, float* out, int64_t out_stride) {
     constexpr int steps = key_block / Dot::per_step, half = (VECTORS + 1) / 2 * W * 4;
     VF a[ROWS][VECTORS];
 #pragma GCC unroll 32
@@ -56,7 +65,7 @@ void values_of(const char* const* v, const char* const* ahead, int first, int la
         uintptr_t next = reinterpret_cast<uintptr_t>(ahead[b]);
 #pragma GCC unroll 1
         for (int s = 0; s < steps; s++, w += step_stride, x += Dot::x_bytes, next += VECTORS * W * 4) {
-            for (int line = 0; line < VECTORS * W * 4; line += 64) prefetch_l2(next + uintptr_t(line));
+            for (int line = 0; line < VECTORS * W * 4; line += 64) fetch_line(next + uintptr_t(line), wanted);
             multiply_step<Dot, ROWS, VECTORS>(a, w, w + half, x, step_block * Dot::x_bytes);
         }
     }
@@ -68,18 +77,28 @@ void values_of(const char* const* v, const char* const* ahead, int first, int la
 
 template <class Dot, int ROWS>
 void scores_of_rows(int rows, const char* const k[2], const char* q, int64_t q_block_bytes, int64_t steps, float* out,
-                    const char* ahead) {
-    if (rows == ROWS) return scores_of<Dot, ROWS>(k, q, q_block_bytes, steps, out, ahead);
-    if constexpr (ROWS > 1) scores_of_rows<Dot, ROWS - 1>(rows, k, q, q_block_bytes, steps, out, ahead);
+                    const char* ahead, bool wanted) {
+    if (rows == ROWS) {
+        if constexpr (both_in_registers(ROWS)) {
+            scores_of<Dot, ROWS, 2>(k[0], k[1], q, q_block_bytes, steps, out, ahead, wanted);
+        } else {
+            scores_of<Dot, ROWS, 1>(k[0], nullptr, q, q_block_bytes, steps, out, ahead, wanted);
+            scores_of<Dot, ROWS, 1>(k[1], nullptr, q, q_block_bytes, steps, out + key_block, ahead + steps * 64, wanted);
+        }
+        return;
+    }
+    if constexpr (ROWS > 1) scores_of_rows<Dot, ROWS - 1>(rows, k, q, q_block_bytes, steps, out, ahead, wanted);
 }
 
 template <class Dot, int ROWS, int VECTORS>
-void values_of_rows(int rows, const char* const* v, const char* const* ahead, int first, int last, int64_t offset,
-                    int64_t step_stride, const char* p, float* out, int64_t out_stride) {
-    if (rows == ROWS)
-        return values_of<Dot, ROWS, VECTORS>(v, ahead, first, last, offset, step_stride, p, out, out_stride);
+void values_of_rows(int rows, const char* const* v, const char* const* ahead, bool wanted, int first, int last,
+                    int64_t offset, int64_t step_stride, const char* p, float* out, int64_t out_stride) {
+    if constexpr (VECTORS == block_vectors || both_in_registers(ROWS))
+        if (rows == ROWS)
+            return values_of<Dot, ROWS, VECTORS>(v, ahead, wanted, first, last, offset, step_stride, p, out, out_stride);
     if constexpr (ROWS > 1)
-        values_of_rows<Dot, ROWS - 1, VECTORS>(rows, v, ahead, first, last, offset, step_stride, p, out, out_stride);
+        values_of_rows<Dot, ROWS - 1, VECTORS>(rows, v, ahead, wanted, first, last, offset, step_stride, p, out,
+                                               out_stride);
 }
 
 // Working memory of a task, cut from what the caller provides.
@@ -254,7 +273,7 @@ void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row
     for (int b = blocks.first; b < blocks.last; b += 2)
         scores_of_rows<Dot, max_rows<Dot>>(rows, blocks.k + b, q, w.q_block_bytes(row_tile), w.steps,
                                            w.m.scores + b * key_block,
-                                           ahead ? ahead->place(b * half, blocks.k[b]) : blocks.k[b]);
+                                           ahead ? ahead->place(b * half, blocks.k[b]) : blocks.k[b], ahead != nullptr);
     float maximum[16], sum[16];
     const int64_t packed_block = int64_t(rows) * step_block * Dot::x_bytes;
     for (int r = 0; r < rows; r++) {
@@ -271,16 +290,14 @@ void attend_tile(const Work<Dot>& w, int64_t tile, int64_t row_tile, int64_t row
                                             blocks.v[b])
                              : blocks.v[b];
     };
-    int64_t c = 0;
-    for (; c + 32 <= channels; c += 32) {
-        find_later(c, 32);
-        values_of_rows<Dot, max_rows<Dot>, 32 / W>(rows, blocks.v, later, blocks.first, blocks.last, c * 4, step_bytes,
-                                                   w.m.weights, w.m.values + c, channels);
-    }
-    if (c < channels) {
-        find_later(c, 16);
-        values_of_rows<Dot, max_rows<Dot>, 16 / W>(rows, blocks.v, later, blocks.first, blocks.last, c * 4, step_bytes,
-                                                   w.m.weights, w.m.values + c, channels);
+    const int64_t wide = both_in_registers(rows) ? 2 * key_block : key_block;  // channels at a time
+    for (int64_t c = 0, width; c < channels; c += width) {
+        width = smaller(wide, channels - c);
+        find_later(c, width);
+        const auto product = width == key_block ? values_of_rows<Dot, max_rows<Dot>, block_vectors>
+                                                : values_of_rows<Dot, max_rows<Dot>, 2 * block_vectors>;
+        product(rows, blocks.v, later, ahead != nullptr, blocks.first, blocks.last, c * 4, step_bytes, w.m.weights,
+                w.m.values + c, channels);
     }
     for (int r = 0; r < rows; r++) {
         const float* values = w.m.values + r * channels;

@@ -12,9 +12,12 @@ struct DotF32 {
     static constexpr int per_step = 1;  // elements of the reduced dimension
     static constexpr int x_bytes = 4;
     static constexpr int operand_registers = 1;
+    static constexpr int parts = 1;
     using X = float;
     struct Operand { VF w; };
     QUIRE_INLINE Operand load_operand(const char* p) { return {load(reinterpret_cast<const float*>(p))}; }
+    template <int PART>
+    QUIRE_INLINE VF part(const char* p) { return load(reinterpret_cast<const float*>(p)); }
     QUIRE_INLINE VF step(VF acc, Operand o, const char* x) {
         float value;
         memcpy(&value, x, 4);
@@ -28,8 +31,11 @@ struct DotBf16Wide {
     static constexpr int per_step = 2;
     static constexpr int x_bytes = 8;
     static constexpr int operand_registers = 2;
+    static constexpr int parts = 2;
     using X = float;
     struct Operand { VF low, high; };
+    template <int PART>
+    QUIRE_INLINE VF part(const char* p) { return PART == 0 ? pair_low(load_raw(p)) : pair_high(load_raw(p)); }
     QUIRE_INLINE Operand load_operand(const char* p) {
         const VRaw raw = load_raw(p);
         return {pair_low(raw), pair_high(raw)};
@@ -60,6 +66,8 @@ using DotBf16 = DotBf16Wide;
 
 // Pairs of float16, as pairs of bf16.
 struct DotF16 : DotBf16Wide {
+    template <int PART>
+    QUIRE_INLINE VF part(const char* p) { return PART == 0 ? half_low(load_raw(p)) : half_high(load_raw(p)); }
     QUIRE_INLINE Operand load_operand(const char* p) {
         const VRaw raw = load_raw(p);
         return {half_low(raw), half_high(raw)};
@@ -72,7 +80,10 @@ struct DotS8 {
     static constexpr int per_step = 4;
     static constexpr int x_bytes = 16;
     static constexpr int operand_registers = 4;
+    static constexpr int parts = 4;
     using X = float;
+    template <int PART>
+    QUIRE_INLINE VF part(const char* p) { return signed_byte<PART>(load_raw(p)); }
     struct Operand { VF w[4]; };
     QUIRE_INLINE Operand load_operand(const char* p) {
         const VRaw raw = load_raw(p);
@@ -87,12 +98,43 @@ struct DotS8 {
     }
 };
 
+// One element of each step: w's are widened one by one, and either they or x stay in registers for as long as the other
+// goes by.
+template <class Dot, int PART, int ROWS, int VECTORS>
+QUIRE_INLINE void multiply_part(VF (&acc)[ROWS][VECTORS], const char* w, const char* w2, const char* x, int x_stride) {
+    constexpr int half = (VECTORS + 1) / 2;
+    const auto w_at = [&](int j) { return Dot::template part<PART>(j < half ? w + j * W * 4 : w2 + (j - half) * W * 4); };
+    const auto x_at = [&](int r) { return broadcast(x + r * x_stride + PART * 4); };
+    if constexpr (ROWS < VECTORS) {
+        VF kept[ROWS];
+#pragma GCC unroll 32
+        for (int r = 0; r < ROWS; r++) kept[r] = x_at(r);
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) {
+            const VF wide = w_at(j);
+#pragma GCC unroll 32
+            for (int r = 0; r < ROWS; r++) acc[r][j] = add_product(acc[r][j], wide, kept[r]);
+        }
+    } else {
+        VF kept[VECTORS];
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; j++) kept[j] = w_at(j);
+#pragma GCC unroll 32
+        for (int r = 0; r < ROWS; r++) {
+            const VF value = x_at(r);
+#pragma GCC unroll 8
+            for (int j = 0; j < VECTORS; j++) acc[r][j] = add_product(acc[r][j], kept[j], value);
+        }
+    }
+    if constexpr (PART + 1 < Dot::parts) multiply_part<Dot, PART + 1>(acc, w, w2, x, x_stride);
+}
+
 // One step of ROWS rows of x, `x_stride` bytes apart, with VECTORS vectors of w: one half of them from `w`, the other
 // from `w2`, each side by side.
 template <class Dot, int ROWS, int VECTORS>
 QUIRE_INLINE void multiply_step(VF (&acc)[ROWS][VECTORS], const char* w, const char* w2, const char* x, int x_stride) {
-    constexpr int half = (VECTORS + 1) / 2;
     if constexpr (REGISTERS == 32) {
+        constexpr int half = (VECTORS + 1) / 2;
         typename Dot::Operand operand[VECTORS];
 #pragma GCC unroll 8
         for (int j = 0; j < VECTORS; j++)
@@ -102,12 +144,7 @@ QUIRE_INLINE void multiply_step(VF (&acc)[ROWS][VECTORS], const char* w, const c
 #pragma GCC unroll 8
             for (int j = 0; j < VECTORS; j++) acc[r][j] = Dot::step(acc[r][j], operand[j], x + r * x_stride);
     } else {
-#pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; j++) {
-            const auto operand = Dot::load_operand(j < half ? w + j * W * 4 : w2 + (j - half) * W * 4);
-#pragma GCC unroll 32
-            for (int r = 0; r < ROWS; r++) acc[r][j] = Dot::step(acc[r][j], operand, x + r * x_stride);
-        }
+        multiply_part<Dot, 0>(acc, w, w2, x, x_stride);
     }
 }
 

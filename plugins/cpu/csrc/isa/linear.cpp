@@ -14,21 +14,35 @@ constexpr int NV = group_rows / W;      // vectors of a group
 // How far ahead of its use a single tile fetches a step: both of its lines, or some processors read half as fast.
 constexpr int64_t steps_ahead = 64;
 
-// acc[ROWS][32] (+)= w * x over `steps` steps, meanwhile fetching `ahead` onwards at `ahead_step` bytes a step.
-template <class Dot, int ROWS>
-void multiply(const char* w, const char* x, int64_t steps, float* acc, bool first, uintptr_t ahead, int ahead_step) {
-    VF a[ROWS][NV];
+// Vectors of a group whose sums stay in registers at a time for `rows` rows: all, or, where registers are few, a part.
+constexpr int vectors_at_once(int rows) {
+    int vectors = NV;
+    while (REGISTERS == 16 && rows * vectors > 12 && vectors > 1) vectors /= 2;
+    return vectors;
+}
+constexpr int64_t pass_steps = 64;  // 8 KB of weights: what the passes over a group's vectors find in the first cache
+
+// acc[ROWS][VECTORS] of [ROWS][32] (+)= w * x over `steps` steps, meanwhile fetching `ahead` onwards at `ahead_step`
+// bytes a step: LINES lines in each step or, with LINES 0, as many as are due for each 16 steps. Where to fetch next.
+template <class Dot, int ROWS, int VECTORS, int LINES>
+uintptr_t multiply_pass(const char* w, const char* x, int64_t steps, float* acc, bool first, uintptr_t ahead,
+                        int ahead_step) {
+    VF a[ROWS][VECTORS];
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) a[r][j] = first ? zero() : load(acc + r * group_rows + j * W);
+        for (int j = 0; j < VECTORS; j++) a[r][j] = first ? zero() : load(acc + r * group_rows + j * W);
     for (int64_t block = 0; block < steps; block += step_block) {
+        if (LINES == 0) {
+            for (int i = 0; i < ahead_step * step_block; i += 64) prefetch_l2(ahead + uintptr_t(i));
+            ahead += uintptr_t(ahead_step * step_block);
+        }
 #pragma GCC unroll 1  // unrolled, few rows spend their time on addresses to fetch
         for (int s = 0; s < step_block; s++) {
-            prefetch_l2(ahead);
-            prefetch_l2(ahead + 64);
-            ahead += ahead_step;
-            multiply_step<Dot, ROWS, NV>(a, w, w + step_bytes / 2, x, step_block * Dot::x_bytes);
+            if (LINES > 0) prefetch_l2(ahead);
+            if (LINES > 1) prefetch_l2(ahead + 64);
+            if (LINES > 0) ahead += uintptr_t(ahead_step);
+            multiply_step<Dot, ROWS, VECTORS>(a, w, w + (VECTORS + 1) / 2 * W * 4, x, step_block * Dot::x_bytes);
             w += step_bytes;
             x += Dot::x_bytes;
         }
@@ -37,7 +51,28 @@ void multiply(const char* w, const char* x, int64_t steps, float* acc, bool firs
 #pragma GCC unroll 32
     for (int r = 0; r < ROWS; r++)
 #pragma GCC unroll 8
-        for (int j = 0; j < NV; j++) store(acc + r * group_rows + j * W, a[r][j]);
+        for (int j = 0; j < VECTORS; j++) store(acc + r * group_rows + j * W, a[r][j]);
+    return ahead;
+}
+
+// acc[ROWS][32] (+)= w * x over `steps` steps, meanwhile fetching `ahead` onwards at `ahead_step` bytes a step: evenly
+// over the passes, since memory that waits for the next one is lost time. Where registers are few, a fetch in each step
+// costs a third of the time: only a tile that streams through the weights alone has it.
+template <class Dot, int ROWS>
+void multiply(const char* w, const char* x, int64_t steps, float* acc, bool first, uintptr_t ahead, int ahead_step) {
+    constexpr int VECTORS = vectors_at_once(ROWS), PASSES = NV / VECTORS, LINES = PASSES == 1 ? 2 : 1;
+    const bool stream = REGISTERS == 32 || ahead_step == step_bytes;
+    const int pass_step = (ahead_step + PASSES - 1) / PASSES;
+    const int64_t once = PASSES == 1 ? steps : pass_steps;
+    for (int64_t from = 0; from < steps; from += once) {
+        const int64_t count = smaller(steps - from, once);
+        const char *w_from = w + from * step_bytes, *x_from = x + from * ROWS * Dot::x_bytes;
+#pragma GCC unroll 1
+        for (int j = 0; j < NV; j += VECTORS) {
+            const auto pass = stream ? multiply_pass<Dot, ROWS, VECTORS, LINES> : multiply_pass<Dot, ROWS, VECTORS, 0>;
+            ahead = pass(w_from + j * W * 4, x_from, count, acc + j * W, first && from == 0, ahead, pass_step);
+        }
+    }
 }
 
 template <class Dot, int ROWS>
@@ -50,7 +85,7 @@ void multiply_rows(int rows, const char* w, const char* x, int64_t steps, float*
 // Multiplies tiles of x with pieces of W.
 template <class Dot>
 struct Product {
-    static constexpr int max_rows = rows_in_registers<Dot>(NV);
+    static constexpr int max_rows = REGISTERS == 16 ? 6 : rows_in_registers<Dot>(NV);
 
     static constexpr int64_t ahead = steps_ahead;
 

@@ -3,6 +3,9 @@
 
 #include "epilogue.h"
 #include "tables.h"
+#if defined(QUIRE_BYTES_IN_16_BITS)
+#include "quant_bytes.h"
+#endif
 
 namespace quire::QUIRE_ISA {
 namespace {
@@ -10,7 +13,7 @@ namespace {
 constexpr int NV = group_rows / W;
 constexpr int x_step = columns_per_step * x_integer_bytes;  // bytes of a step of a row of x
 // The integer sums, the operands of two steps (4 bits) and a broadcast have to fit in the registers.
-constexpr int max_rows = REGISTERS == 32 ? (x_integer_bytes == 1 ? (32 - 2 * NV - 1) / NV : 10) : W == 8 ? 2 : 1;
+constexpr int max_rows = REGISTERS == 32 ? (x_integer_bytes == 1 ? (32 - 2 * NV - 1) / NV : 10) : W == 8 ? 4 : 1;
 constexpr int64_t panel_bytes = 32 << 10;  // of weights: what several tiles of x share before moving on
 // What a single tile fetches ahead, in bytes: both lines of a step, or some processors' own prefetchers fall behind.
 #if defined(__AMX_INT8__)
@@ -24,6 +27,7 @@ QUIRE_INLINE int64_t x_group_bytes(const QuantShape& s, int rows) {
     return int64_t(rows) * (8 + s.group / columns_per_step * x_step);
 }
 
+#if !defined(QUIRE_BYTES_IN_16_BITS)
 // One step of ROWS rows of x with 32 rows of W.
 template <int ROWS>
 QUIRE_INLINE void multiply_step(VRaw (&total)[ROWS][NV], const VRaw (&w)[NV], const char* x) {
@@ -93,13 +97,21 @@ void multiply(const QuantShape& shape, const char* w, const char* x, int64_t gro
     }
 }
 
+#endif
+
 template <int ROWS>
 void multiply_rows(int rows, const QuantShape& shape, const char* w, const char* x, int64_t groups, float* acc,
                    bool first, uintptr_t ahead, int64_t ahead_step) {
     if (rows == ROWS) {
+#if defined(QUIRE_BYTES_IN_16_BITS)
+        const auto with = shape.bits == 8 ? shape.zeros ? multiply_bytes<ROWS, 8, true> : multiply_bytes<ROWS, 8, false>
+                          : shape.zeros   ? multiply_bytes<ROWS, 4, true>
+                                          : multiply_bytes<ROWS, 4, false>;
+#else
         const auto with = shape.bits == 8 ? shape.zeros ? multiply<ROWS, 8, true> : multiply<ROWS, 8, false>
                           : shape.zeros   ? multiply<ROWS, 4, true>
                                           : multiply<ROWS, 4, false>;
+#endif
         return with(shape, w, x, groups, acc, first, ahead, ahead_step);
     }
     if constexpr (ROWS > 1) multiply_rows<ROWS - 1>(rows, shape, w, x, groups, acc, first, ahead, ahead_step);

@@ -20,6 +20,7 @@ const Kernels* QUIRE_JOIN(kernels_, QUIRE_ISA)() {
         quant_limits.x_step,
         quant_pack_x,
         quant_block,
+        quant_round,
         attention_scratch,
         attention_task,
         attention_finish,

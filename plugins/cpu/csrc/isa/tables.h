@@ -13,6 +13,7 @@ struct QuantLimits { int rows, x_step; };
 extern const QuantLimits quant_limits;
 void quant_pack_x(const QuantXArgs& args, int64_t tile, int64_t group0, int64_t group1);
 void quant_block(const QuantArgs& args, int64_t block, int64_t tile0, int64_t tile1, float* scratch);
+void quant_round(const QuantShape& shape, const Matrix& w, int64_t block, char* out);
 int64_t attention_scratch(const AttentionArgs& args, int rows);
 void attention_task(const AttentionArgs& args, const AttentionTask& task, char* scratch);
 void attention_finish(const AttentionArgs& args, const AttentionTask& all, char* scratch);

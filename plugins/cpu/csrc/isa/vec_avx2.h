@@ -23,6 +23,17 @@ QUIRE_INLINE VF operator-(VF a, VF b) { return {_mm256_sub_ps(a.v, b.v)}; }
 QUIRE_INLINE VF operator*(VF a, VF b) { return {_mm256_mul_ps(a.v, b.v)}; }
 QUIRE_INLINE VF operator/(VF a, VF b) { return {_mm256_div_ps(a.v, b.v)}; }
 QUIRE_INLINE VF fma(VF a, VF b, VF c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+// acc + a * b, and x for all lanes, where they are written: GCC 12 moves the broadcasts of a whole tile to its front, and
+// then has too few registers for the sums.
+QUIRE_INLINE VF add_product(VF acc, VF a, VF b) {
+    asm volatile("vfmadd231ps %2, %1, %0" : "+x"(acc.v) : "x"(a.v), "x"(b.v));
+    return acc;
+}
+QUIRE_INLINE VF broadcast(const char* x) {
+    VF all;
+    asm volatile("vbroadcastss %1, %0" : "=x"(all.v) : "m"(*reinterpret_cast<const float(*)>(x)));
+    return all;
+}
 QUIRE_INLINE VF max(VF a, VF b) { return {_mm256_max_ps(a.v, b.v)}; }
 QUIRE_INLINE VF min(VF a, VF b) { return {_mm256_min_ps(a.v, b.v)}; }
 QUIRE_INLINE VF abs(VF a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
@@ -58,8 +69,12 @@ QUIRE_INLINE float reduce_max(VF a) {
 }
 
 QUIRE_INLINE VF pair_low(VRaw a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))}; }
+alignas(32) static const uint32_t high_halves[8] = {0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u,
+                                                    0xffff0000u, 0xffff0000u, 0xffff0000u, 0xffff0000u};
 QUIRE_INLINE VF pair_high(VRaw a) {
-    return {_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(int(0xffff0000u))))};
+    VF high;  // by an operand in memory: the sums of a tile need every register
+    asm("vandps %1, %2, %0" : "=x"(high.v) : "m"(high_halves), "x"(a.v));
+    return high;
 }
 
 QUIRE_INLINE VF half_low(VRaw a) {
@@ -103,16 +118,7 @@ QUIRE_INLINE void store_s8(int8_t* p, VF a) {
     const __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(h, h));
 }
-// As in vec_avx512.h without VNNI.
-constexpr int x_integer_bytes = 2;
-QUIRE_INLINE VRaw dot_bytes(VRaw acc, VRaw w, const char* x) {
-    int32_t even, odd;
-    memcpy(&even, x, 4);
-    memcpy(&odd, x + 4, 4);
-    const __m256i mask = _mm256_set1_epi32(0x00ff00ff);
-    const __m256i a = _mm256_madd_epi16(_mm256_and_si256(w.v, mask), _mm256_set1_epi32(even));
-    const __m256i b = _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi32(w.v, 8), mask), _mm256_set1_epi32(odd));
-    return {_mm256_add_epi32(acc.v, _mm256_add_epi32(a, b))};
-}
+constexpr int x_integer_bytes = 1;
+#define QUIRE_BYTES_IN_16_BITS 1  // integer products are quant_bytes.h's
 
 }  // namespace quire::QUIRE_ISA

@@ -23,6 +23,12 @@ QUIRE_INLINE VF operator-(VF a, VF b) { return {_mm512_sub_ps(a.v, b.v)}; }
 QUIRE_INLINE VF operator*(VF a, VF b) { return {_mm512_mul_ps(a.v, b.v)}; }
 QUIRE_INLINE VF operator/(VF a, VF b) { return {_mm512_div_ps(a.v, b.v)}; }
 QUIRE_INLINE VF fma(VF a, VF b, VF c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+QUIRE_INLINE VF add_product(VF acc, VF a, VF b) { return fma(a, b, acc); }
+QUIRE_INLINE VF broadcast(const char* x) {
+    float value;
+    memcpy(&value, x, 4);
+    return set1(value);
+}
 // As the x86 instructions: when an operand is NaN the result is b.
 QUIRE_INLINE VF max(VF a, VF b) { return {_mm512_max_ps(a.v, b.v)}; }
 QUIRE_INLINE VF min(VF a, VF b) { return {_mm512_min_ps(a.v, b.v)}; }

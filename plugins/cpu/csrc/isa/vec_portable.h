@@ -37,6 +37,12 @@ QUIRE_INLINE VF operator-(VF a, VF b) { return {a.v - b.v}; }
 QUIRE_INLINE VF operator*(VF a, VF b) { return {a.v * b.v}; }
 QUIRE_INLINE VF operator/(VF a, VF b) { return {a.v / b.v}; }
 QUIRE_INLINE VF fma(VF a, VF b, VF c) { return {a.v * b.v + c.v}; }  // rounded twice: there may be no such instruction
+QUIRE_INLINE VF add_product(VF acc, VF a, VF b) { return fma(a, b, acc); }
+QUIRE_INLINE VF broadcast(const char* x) {
+    float value;
+    memcpy(&value, x, 4);
+    return set1(value);
+}
 QUIRE_INLINE VF max(VF a, VF b) { return select(a.v > b.v, a, b); }
 QUIRE_INLINE VF min(VF a, VF b) { return select(a.v < b.v, a, b); }
 QUIRE_INLINE VF abs(VF a) { return {(float4)((int4)a.v & 0x7fffffff)}; }
