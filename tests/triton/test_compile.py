@@ -45,7 +45,7 @@ CACHE_SPILLS = (
     # Sums of the parts before, set aside between parts.
     ("sm_80", "latent-invariant-prefill", 96), ("sm_90", "latent-invariant-prefill", 2040),
     ("sm_100", "latent-invariant-prefill", 1328), ("gfx942", "latent-invariant-prefill", 8),
-    ("gfx942", "invariant-fp8-128-prefill", 16), ("sm_80", "invariant-fp8-128-prefill", 40),
+    ("gfx942", "invariant-fp8-128-", 16), ("sm_80", "invariant-fp8-128-prefill", 40),
     ("gfx1100", "invariant-fp8-128-", 296),
     # ptxas keeps itself to 80 registers, with which three of these programs run at a time.
     ("sm_90", "(prefill|invariant)-fp32-", 16),
