@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in under ten minutes, on a bare machine with torch >= 2.11, Triton >= 3.6 and
-# pytest, from the checkout and with no package index: ./bench/gpu.sh [all | kit | speed | PART ...] [--device cuda]
+# Everything that only a GPU can tell, in under ten minutes, on a bare machine with torch >= 2.11, Triton >= 3.6,
+# numpy and pytest, from the checkout and with no package index: ./bench/gpu.sh [all | kit | speed | PART ...] [--device cuda]
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON="${PYTHON:-python3}"

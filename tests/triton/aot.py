@@ -127,6 +127,7 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
                 for window, cap, sinks, page in extras:
                     tile = configs.attention(arch, 4 if dtype == "fp32" else 2, dim, decode, 4)
                     constants = attention_constants(
+                        arch,
                         tile,
                         decode,
                         D=dim,
@@ -143,7 +144,9 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
         for dim in dims:
             tile = configs.attention_of_any(arch, 4 if dtype == "fp32" else 2, dim, 4)
             for decode in (False, True):
-                constants = attention_constants(tile, decode, D=dim, BLOCK_D=dim, PARTED=not decode, DOT=dots[dtype])
+                constants = attention_constants(
+                    arch, tile, decode, D=dim, BLOCK_D=dim, PARTED=not decode, DOT=dots[dtype]
+                )
                 name = f"invariant-{dtype}-{dim}-{'decode' if decode else 'prefill'}"
                 yield name, attention.attention_kernel, dtype, constants, tile.warps, tile.stages
     yield (
@@ -168,12 +171,12 @@ def cases(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]]
     yield from sampling()
 
 
-def attention_constants(tile: configs.Tile, decode: bool, group: int = 4, **more: Any) -> dict[str, Any]:
+def attention_constants(arch: str, tile: configs.Tile, decode: bool, group: int = 4, **more: Any) -> dict[str, Any]:
     """attention_kernel's, of 32 query heads with keys and values apart in 16 bits unless ``more`` says otherwise."""
     return dict(
         HQ=32, GROUP=group, REST=0, BLOCK_R=0, BLOCK_M=tile.rows, BLOCK_N=tile.keys,
         BLOCK_Q=1 if decode else max(1, tile.rows // group), WINDOW=False, CAP=False, SINKS=False, EIGHT_BITS=0,
-        TILES=not decode, SPLIT=decode, PARTED=False, DOT=tl.bfloat16,
+        TILES=not decode, SPLIT=decode, PARTED=False, STAY=configs.stay(arch), DOT=tl.bfloat16,
     ) | dict(PAGE=16) | more  # fmt: skip
 
 
@@ -181,12 +184,17 @@ def caches(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]
     """Caches in 8 bits, latent ones, and what writes and copies them."""
     for bits, dim, page in (("fp8", 64, 16), ("fp8", 128, 256), ("fp8", 256, 16), ("int8", 128, 16)):
         for decode in (False, True):
-            tile = configs.attention(arch, 2, dim, decode, 4)
+            tile = configs.attention(arch, 2, dim, decode, 4, eight_bits=True)
             constants = attention_constants(
-                tile, decode, D=dim, BLOCK_D=dim, EIGHT_BITS=2 if bits == "fp8" else 1, PAGE=page
+                arch, tile, decode, D=dim, BLOCK_D=dim, EIGHT_BITS=2 if bits == "fp8" else 1, PAGE=page
             )
             name = f"{'decode' if decode else 'prefill'}-{bits}-{dim}"
             yield name, attention.attention_kernel, "bf16", constants, tile.warps, tile.stages
+    tile = configs.attention_of_any(arch, 2, 128, 4, eight_bits=True)
+    for decode in (False, True):
+        constants = attention_constants(arch, tile, decode, D=128, BLOCK_D=128, EIGHT_BITS=2, PARTED=not decode)
+        name = f"invariant-fp8-128-{'decode' if decode else 'prefill'}"
+        yield name, attention.attention_kernel, "bf16", constants, tile.warps, tile.stages
     for heads, eight_bits, dtype, page in (
         (128, 0, "bf16", 64),
         (16, 0, "bf16", 16),
@@ -196,7 +204,7 @@ def caches(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]
         for decode in (False, True):
             tile = configs.latent(arch, 4 if dtype == "fp32" else 2, decode, heads)
             constants = attention_constants(
-                tile, decode, heads, HQ=heads, D=512, BLOCK_D=512, REST=64, BLOCK_R=64, EIGHT_BITS=eight_bits, PAGE=page,
+                arch, tile, decode, heads, HQ=heads, D=512, BLOCK_D=512, REST=64, BLOCK_R=64, EIGHT_BITS=eight_bits, PAGE=page,
                 DOT=tl.float32 if dtype == "fp32" else tl.bfloat16,
             )  # fmt: skip
             name = f"latent-{'decode' if decode else 'prefill'}-{'fp8' if eight_bits else dtype}-{heads}"
@@ -204,7 +212,7 @@ def caches(arch: str) -> Iterator[tuple[str, Any, str, dict[str, Any], int, int]
     tile = configs.latent(arch, 2, False, 128)
     for decode in (False, True):
         constants = attention_constants(
-            tile, decode, 128, HQ=128, D=512, BLOCK_D=512, REST=64, BLOCK_R=64, PAGE=64, PARTED=not decode
+            arch, tile, decode, 128, HQ=128, D=512, BLOCK_D=512, REST=64, BLOCK_R=64, PAGE=64, PARTED=not decode
         )
         name = f"latent-invariant-{'decode' if decode else 'prefill'}-bf16-128"
         yield name, attention.attention_kernel, "bf16", constants, tile.warps, tile.stages

@@ -6,6 +6,7 @@ Run by test_interpreted.py in a process where Triton interprets.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -137,14 +138,15 @@ def test_configurations_hold_what_the_kernels_assume():
     for arch in configs.SHARED_MEMORY:
         for itemsize in (2, 4):
             for dim in (64, 80, 128, 256):
-                for decode in (False, True):
-                    tile = configs.attention(arch, itemsize, dim, decode, group=8)
+                for decode, eight_bits in itertools.product((False, True), repeat=2):
+                    tile = configs.attention(arch, itemsize, dim, decode, 8, eight_bits)
                     assert configs.INVARIANT_SPLIT % tile.keys == 0
                     assert tile.rows >= 16
                     assert configs.attention(arch, itemsize, dim, decode, group=71).rows >= 71
-                any_number = configs.attention_of_any(arch, itemsize, dim, group=71)
-                assert configs.INVARIANT_SPLIT % any_number.keys == 0
-                assert any_number.rows == 128
-                assert any_number.warps >= 1
+                for eight_bits in (False, True):
+                    any_number = configs.attention_of_any(arch, itemsize, dim, 71, eight_bits)
+                    assert configs.INVARIANT_SPLIT % any_number.keys == 0
+                    assert any_number.rows == 128
+                    assert any_number.warps >= 1
     with pytest.raises(ValueError, match="head_dim is 512"):
         configs.attention("sm_90", 2, 512, False)

@@ -98,12 +98,12 @@ def attention(
     if batch_invariant:
         # A query's bits are its tile's: one for every number of queries.
         if spec.value_dim is None:
-            few = many = configs.attention_of_any(arch, q.element_size(), spec.head_dim, ratio)
+            few = many = configs.attention_of_any(arch, q.element_size(), spec.head_dim, ratio, scales is not None)
         else:
             few = many = configs.latent(arch, q.element_size(), False, ratio)
     elif spec.value_dim is None:
         sizes = (arch, q.element_size(), spec.head_dim)
-        few, many = configs.attention(*sizes, True, ratio), configs.attention(*sizes, False, ratio)
+        few, many = (configs.attention(*sizes, decode, ratio, scales is not None) for decode in (True, False))
     else:
         few, many = (configs.latent(arch, q.element_size(), decode, ratio) for decode in (True, False))
     # Tokens that belong to no sequence get zeros, and no tile holds them.
@@ -170,8 +170,8 @@ class _Launch:
             *pointers, factor, cap_in, spec.window or 0, splits, split_len, configs.SHORTEST_SPLIT, table.stride(0),
             pool.stride(1), pool.stride(2), REST=rest, BLOCK_R=power_of_two(rest) if rest else 0, BLOCK_M=tile.rows,
             BLOCK_N=tile.keys, PAGE=pool.shape[2], WINDOW=spec.window is not None, CAP=spec.soft_cap is not None,
-            EIGHT_BITS=eight_bits, SPLIT=split, PARTED=parted, DOT=factors(q), num_warps=tile.warps,
-            num_stages=tile.stages, **shared,
+            EIGHT_BITS=eight_bits, SPLIT=split, PARTED=parted, STAY=configs.stay(configs.architecture(q.device)),
+            DOT=factors(q), num_warps=tile.warps, num_stages=tile.stages, **shared,
         )  # fmt: skip
         if split:
             attention_merge_kernel[(count, kv_heads, rows)](

@@ -92,7 +92,14 @@ _ANY: dict[str, dict[int, Tile]] = {
     "sm_90": {64: Tile(64, 128, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
     "sm_100": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 8, 3), 256: Tile(64, 32, 8, 2)},
     "gfx942": {64: Tile(64, 64, 4, 1), 128: Tile(64, 64, 4, 1), 256: Tile(64, 32, 4, 1)},
-    "gfx1100": {64: Tile(32, 32, 4, 1), 128: Tile(64, 32, 8, 1), 256: Tile(16, 16, 8, 1)},
+    "gfx1100": {64: Tile(32, 32, 4, 1), 128: Tile(64, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+}
+# The same of caches in 8 bits, where codes take registers while they become numbers: (prompts and any number, decode).
+_EIGHT_BITS: dict[str, tuple[dict[int, Tile], dict[int, Tile]]] = {
+    "gfx1100": (
+        {64: Tile(32, 32, 4, 1), 128: Tile(32, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+        {64: Tile(16, 32, 2, 1), 128: Tile(16, 16, 8, 1), 256: Tile(16, 16, 8, 1)},
+    ),
 }
 _SAME_AS = {"sm_89": "sm_86", "sm_120": "sm_86", "gfx90a": "gfx942", "gfx950": "gfx942"}
 # Latent attention's, 576 channels of which 512 are values: architecture -> (prompts, decode).
@@ -102,7 +109,7 @@ _LATENT: dict[str, tuple[Tile, Tile]] = {
     "sm_90": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     "sm_100": (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
     "gfx942": (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1)),
-    "gfx1100": (Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    "gfx1100": (Tile(16, 16, 16, 1), Tile(16, 16, 16, 1)),
     "other": (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 _LATENT_FLOAT32 = Tile(16, 16, 8, 1)
@@ -133,7 +140,7 @@ class Product:
 # must not depend on it: more rows than decoding has, since those few more cost little beside reading the weight.
 _PRODUCT: dict[str, dict[str, tuple[Product, Product, Product]]] = {
     "sm_80": {
-        "dense": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 4, 4), Product(128, 128, 32, 8, 4)),
+        "dense": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 8, 4), Product(128, 128, 32, 8, 4)),
         "integers": (Product(16, 64, 128, 4, 4), Product(64, 64, 64, 8, 4), Product(128, 128, 32, 8, 3)),
         "both": (Product(16, 64, 128, 4, 4), Product(64, 64, 128, 4, 4), Product(128, 128, 64, 8, 4)),
     },
@@ -235,8 +242,9 @@ SHORTEST_SPLIT = 256
 MOST_SPLITS = 64
 
 
-def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int = 1) -> Tile:
-    """The tile for queries of ``itemsize`` bytes; widened to hold one token's ``group`` heads.
+def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int = 1, eight_bits: bool = False) -> Tile:
+    """The tile for queries of ``itemsize`` bytes over a cache of as many or of ``eight_bits``; widened to hold one token's
+    ``group`` heads.
 
     Raises ValueError for a head size above 256.
     """
@@ -244,6 +252,8 @@ def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int 
     if itemsize > 2:
         tables = _DECODE_FLOAT32 if decode else _PREFILL_FLOAT32
         table = tables.get(arch, tables["other"])
+    elif eight_bits and arch in _EIGHT_BITS:
+        table = _EIGHT_BITS[arch][decode]
     else:
         table = (_DECODE if decode else _PREFILL)[arch]
     for largest, tile in table.items():
@@ -255,13 +265,19 @@ def attention(arch: str, itemsize: int, head_dim: int, decode: bool, group: int 
     raise ValueError(f"head_dim is {head_dim}; the attention kernel goes to 256")
 
 
-def attention_of_any(arch: str, itemsize: int, head_dim: int, group: int = 1) -> Tile:
+def attention_of_any(arch: str, itemsize: int, head_dim: int, group: int = 1, eight_bits: bool = False) -> Tile:
     """The tile for any number of queries, where bits must not depend on it. Raises ValueError as :func:`attention`."""
-    tile = attention(arch, itemsize, head_dim, False)
-    if itemsize <= 2:
-        table = _ANY.get(_SAME_AS.get(arch, arch), {})
+    tile, arch = attention(arch, itemsize, head_dim, False, 1, eight_bits), _SAME_AS.get(arch, arch)
+    if itemsize <= 2 and not (eight_bits and arch in _EIGHT_BITS):
+        table = _ANY.get(arch, {})
         tile = next((own for largest, own in table.items() if head_dim <= largest), tile)
     return replace(tile, rows=max(tile.rows, 1 << (group - 1).bit_length()))
+
+
+def stay(arch: str) -> bool:
+    """Whether attention's loops compute what they do not change: addresses and descriptors kept around them take registers
+    that tiles need, except on sm_80 and its kin, where computing them within the pipelined loop takes more."""
+    return _SAME_AS.get(arch, arch) not in ("sm_80", "sm_86")
 
 
 def latent(arch: str, itemsize: int, decode: bool, group: int) -> Tile:

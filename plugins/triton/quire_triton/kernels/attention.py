@@ -50,13 +50,17 @@ def _load(at, channel, inside, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: t
 
 
 @triton.jit
-def _decoded(codes, EIGHT_BITS: tl.constexpr):
-    """What codes in 8 bits stand for before scaling, of e4m3 (EIGHT_BITS 2) a 256th. Read by arithmetic, since no two
-    architectures have the same kinds of fp8: moved left by 7 a code is the float16 of the same mantissa, whose exponent
-    is biased by 8 more, and the sign that its extension to 16 bits has put below the highest is taken away."""
+def _decoded(codes, EIGHT_BITS: tl.constexpr, DOT: tl.constexpr):
+    """A tile's numbers as a product's factors; of codes in 8 bits what they stand for before scaling, of e4m3 a 256th and
+    in float16 of int8 a 64th, which leaves it room for weights with the scales in them. e4m3 is read by arithmetic, since
+    no two architectures have the same kinds of fp8: moved left by 7 a code is the float16 of the same mantissa, whose
+    exponent is biased by 8 more, and the sign that its extension to 16 bits has put below the highest is taken away."""
     if EIGHT_BITS == 2:
         codes = ((codes.to(tl.int16) << 7) & -16385).to(tl.float16, bitcast=True)
-    return codes
+    numbers = codes.to(DOT)
+    if EIGHT_BITS == 1 and tl.float16 == DOT:
+        numbers *= 0.015625
+    return numbers
 
 
 @triton.jit
@@ -75,31 +79,36 @@ def _tile(
     else:
         page = tl.load(table_ptr + key // PAGE)
     place = page.to(tl.int64) * stride_page + (key % PAGE) * stride_slot
-    UNIT: tl.constexpr = 256.0 if EIGHT_BITS == 2 else 1.0
+    # Scales multiply scores and weights, which are fewer than a tile's numbers where its rows are few. Where they are many,
+    # a thread would hold the scales of most keys at once: they multiply the numbers then, which lie by key.
+    BY_NUMBER: tl.constexpr = EIGHT_BITS != 0 and q.shape[0] > 64 and REST == 0
+    BY_SCORE: tl.constexpr = EIGHT_BITS != 0 and not BY_NUMBER
+    UNIT: tl.constexpr = 256.0 if EIGHT_BITS == 2 else 64.0 if tl.float16 == DOT else 1.0
     if EIGHT_BITS:
         scale_at = page.to(tl.int64) * (KV_HEADS * PAGE) + key % PAGE
         key_scale = _load(key_scales_ptr + scale_at, d, inside, 1, 1, MASKED) * UNIT
+        value_scale = key_scale
     if REST:
         v = _load(k_ptr + place[:, None] + d[None, :], d[None, :], inside[:, None], D, BLOCK_D, MASKED)
         r = tl.arange(0, BLOCK_R)
         rest_at = k_ptr + place[None, :] + D + r[:, None]
         rest = _load(rest_at, r[:, None], inside[None, :], REST, BLOCK_R, MASKED)
-        if EIGHT_BITS:
-            v = _decoded(v, EIGHT_BITS).to(tl.float32) * key_scale[:, None]
-            rest = _decoded(rest, EIGHT_BITS).to(tl.float32) * key_scale[None, :]
-        v = v.to(DOT)
+        v = _decoded(v, EIGHT_BITS, DOT)
         scores = tl.dot(q, tl.trans(v), input_precision="ieee")
-        scores = tl.dot(q_rest, rest.to(DOT), scores, input_precision="ieee")
+        scores = tl.dot(q_rest, _decoded(rest, EIGHT_BITS, DOT), scores, input_precision="ieee")
     else:
         k = _load(k_ptr + place[None, :] + d[:, None], d[:, None], inside[None, :], D, BLOCK_D, MASKED)
         v = _load(v_ptr + place[:, None] + d[None, :], d[None, :], inside[:, None], D, BLOCK_D, MASKED)
-        scores = tl.dot(q, _decoded(k, EIGHT_BITS).to(DOT), input_precision="ieee")
+        k = _decoded(k, EIGHT_BITS, DOT)
+        v = _decoded(v, EIGHT_BITS, DOT)
         if EIGHT_BITS:
-            scores *= key_scale[None, :]
             value_scale = _load(value_scales_ptr + scale_at, d, inside, 1, 1, MASKED) * UNIT
-            # Scaled here and not with the weights, which in float16 would lose the small ones.
-            v = _decoded(v, EIGHT_BITS).to(tl.float32) * value_scale[:, None]
-        v = v.to(DOT)
+        if BY_NUMBER:
+            k = (k.to(tl.float32) * key_scale[None, :]).to(DOT)
+            v = (v.to(tl.float32) * value_scale[:, None]).to(DOT)
+        scores = tl.dot(q, k, input_precision="ieee")
+    if BY_SCORE:
+        scores *= key_scale[None, :]
     if CAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1), which at both ends goes to what it should.
         scores = 1.0 - 2.0 / (tl.exp2(scores * cap_in) + 1.0)
@@ -119,6 +128,8 @@ def _tile(
     decay = tl.exp2(top - base)
     total = total * decay + tl.sum(weights, 1)
     acc = acc * decay[:, None]
+    if BY_SCORE:
+        weights *= value_scale[None, :]
     acc = tl.dot(weights.to(DOT), v, acc, input_precision="ieee")
     return new_top, total, acc
 
@@ -128,18 +139,19 @@ def _keys(
     q, q_rest, top, total, acc, low, whole_low, whole_high, high, lo, position, k_ptr, v_ptr, key_scales_ptr,
     value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D: tl.constexpr, BLOCK_D: tl.constexpr,
     REST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr,
-    WINDOW: tl.constexpr, CAP: tl.constexpr, EIGHT_BITS: tl.constexpr, WHOLE: tl.constexpr, DOT: tl.constexpr,
+    WINDOW: tl.constexpr, CAP: tl.constexpr, EIGHT_BITS: tl.constexpr, WHOLE: tl.constexpr, STAY: tl.constexpr,
+    DOT: tl.constexpr,
 ):  # fmt: skip
     """The keys [low, high), of which those in [whole_low, whole_high) are visible to every query (not WHOLE: masked all)."""
     if WHOLE:
         if WINDOW:
-            for start in tl.range(low, whole_low, BLOCK_N):
+            for start in tl.range(low, whole_low, BLOCK_N, disable_licm=STAY):
                 top, total, acc = _tile(
                     q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
                     table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
                     KV_HEADS, WINDOW, CAP, EIGHT_BITS, True, DOT,
                 )  # fmt: skip
-        for start in tl.range(whole_low, whole_high, BLOCK_N):
+        for start in tl.range(whole_low, whole_high, BLOCK_N, disable_licm=STAY):
             top, total, acc = _tile(
                 q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
                 table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
@@ -147,7 +159,7 @@ def _keys(
             )  # fmt: skip
     else:
         whole_high = low
-    for start in tl.range(whole_high, high, BLOCK_N):
+    for start in tl.range(whole_high, high, BLOCK_N, disable_licm=STAY):
         top, total, acc = _tile(
             q, q_rest, top, total, acc, start, lo, high, position, k_ptr, v_ptr, key_scales_ptr, value_scales_ptr,
             table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE,
@@ -163,7 +175,7 @@ def attention_kernel(
     HQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, REST: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PAGE: tl.constexpr,
     WINDOW: tl.constexpr, CAP: tl.constexpr, SINKS: tl.constexpr, EIGHT_BITS: tl.constexpr, TILES: tl.constexpr,
-    SPLIT: tl.constexpr, PARTED: tl.constexpr, DOT: tl.constexpr,
+    SPLIT: tl.constexpr, PARTED: tl.constexpr, STAY: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, KV heads, parts), or (tiles, blocks of a tile's rows, parts) where attention is latent.
 
@@ -174,6 +186,7 @@ def attention_kernel(
     multiplied with to be an exponent of 2 (after a soft cap; cap_in before it). DOT: the type of the products'
     factors. With SPLIT a part's sums go to part float32 [tiles, KV heads, BLOCK_Q * GROUP, parts, D] and (maximum, sum)
     to stats [..., parts, 2]. PARTED: parts of ``split_len`` keys, summed apart and joined here.
+    STAY: what a loop does not change is computed in it all the same, where registers to keep it are missing.
     """
     KV_HEADS: tl.constexpr = HQ // GROUP
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -230,7 +243,7 @@ def attention_kernel(
         whole_low = tl.minimum(tl.maximum(tl.cdiv(last, BLOCK_N) * BLOCK_N, low), high)
         whole_high = tl.maximum(whole_high, whole_low)
     if PARTED:
-        for part in range(low // split_len, tl.cdiv(high, split_len)):
+        for part in tl.range(low // split_len, tl.cdiv(high, split_len), num_stages=1, disable_licm=STAY):
             begin_part, end_part = tl.maximum(part * split_len, low), tl.minimum((part + 1) * split_len, high)
             low_part = tl.minimum(tl.maximum(whole_low, begin_part), end_part)
             high_part = tl.minimum(tl.maximum(whole_high, low_part), end_part)
@@ -238,7 +251,7 @@ def attention_kernel(
                 q, q_rest, tl.full([BLOCK_M], float("-inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32),
                 tl.zeros([BLOCK_M, BLOCK_D], tl.float32), begin_part, low_part, high_part, end_part, lo, position, k_ptr,
                 v_ptr, key_scales_ptr, value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D,
-                BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, DOT,
+                BLOCK_D, REST, BLOCK_R, BLOCK_N, PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, STAY, DOT,
             )  # fmt: skip
             # As attention_merge.py; a row that the part showed nothing stays as it is.
             new_top = tl.maximum(top, part_top)
@@ -251,7 +264,7 @@ def attention_kernel(
         top, total, acc = _keys(
             q, q_rest, top, total, acc, low, whole_low, whole_high, high, lo, position, k_ptr, v_ptr, key_scales_ptr,
             value_scales_ptr, table_ptr, stride_page, stride_slot, factor, cap_in, window, D, BLOCK_D, REST, BLOCK_R, BLOCK_N,
-            PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, DOT,
+            PAGE, KV_HEADS, WINDOW, CAP, EIGHT_BITS, WHOLE, STAY, DOT,
         )  # fmt: skip
 
     if SPLIT:
