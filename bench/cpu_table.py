@@ -204,7 +204,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="show the pieces, and which have a result")
     args = parser.parse_args(argv)
     folder = RESULTS / (f"cpu-{args.machine}" if args.machine else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
     known = pieces()
     unknown = sorted(set(args.pieces) - set(known))
     if unknown:
@@ -214,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = "done" if (folder / f"{name}.json").exists() else ""
             print(f"{name:28} {', '.join(piece.peers):42} {len(piece.work) or 'start'} x {piece.rounds} {done}")
         return 0
+    folder.mkdir(parents=True, exist_ok=True)
     failed = 0
     if args.what in ("prepare", "all"):
         prepare(args.envs)

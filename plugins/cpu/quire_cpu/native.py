@@ -81,13 +81,11 @@ class Arena:
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         count = math.prod(shape)
-        buffer = self._piece(
-            1 << max(12, (count * dtype.itemsize - 1).bit_length())
-        )  # few sizes, so that pieces fit again
+        size = 1 << max(12, (count * dtype.itemsize - 1).bit_length())  # few sizes, so that pieces fit again
+        buffer = self._piece(size)
         memory = (ctypes.c_char * buffer.size).from_address(buffer.address)
-        weakref.finalize(
-            memory, self.free.setdefault(buffer.size, []).append, buffer
-        )  # with the storage: the last view
+        # The memory ends with the storage, that is with the last view.
+        weakref.finalize(memory, self.free.setdefault(buffer.size, []).append, buffer)
         return torch.frombuffer(memory, dtype=dtype, count=count).view(shape)
 
     def _piece(self, size: int) -> _native.Buffer:

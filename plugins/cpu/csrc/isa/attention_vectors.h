@@ -10,7 +10,6 @@ namespace quire::QUIRE_ISA {
 namespace {
 
 constexpr int block_vectors = key_block / W;  // of keys, or as many channels
-constexpr int sums_in_registers = 12;         // where there are 16
 template <class Dot>
 constexpr int max_rows = REGISTERS == 32 ? rows_in_registers<Dot>(2 * block_vectors) : sums_in_registers / block_vectors;
 // Whether the sums of ROWS queries for two blocks of keys, or 32 channels, stay in registers. Else they are made for half.

@@ -148,12 +148,12 @@ QUIRE_INLINE void multiply_step(VF (&acc)[ROWS][VECTORS], const char* w, const c
     }
 }
 
-// Rows of x whose accumulators over `vectors` vectors stay in registers. With 32 registers all operands stay there too;
-// with 16 they are loaded again for each row, or fewer than one row would fit.
+constexpr int sums_in_registers = 12;  // vectors of sums that stay in registers where there are 16: the rest are operands
+
+// Rows of x whose accumulators over `vectors` vectors stay in 32 registers, with all operands of w.
 template <class Dot>
 constexpr int rows_in_registers(int vectors) {
-    const int operands = REGISTERS == 32 ? vectors * Dot::operand_registers + 1 : Dot::operand_registers + 2;
-    const int rows = (REGISTERS - operands) / vectors;
+    const int rows = (32 - vectors * Dot::operand_registers - 1) / vectors;
     return rows < 1 ? 1 : rows > 14 ? 14 : rows;
 }
 

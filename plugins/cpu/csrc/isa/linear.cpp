@@ -17,7 +17,7 @@ constexpr int64_t steps_ahead = 64;
 // Vectors of a group whose sums stay in registers at a time for `rows` rows: all, or, where registers are few, a part.
 constexpr int vectors_at_once(int rows) {
     int vectors = NV;
-    while (REGISTERS == 16 && rows * vectors > 12 && vectors > 1) vectors /= 2;
+    while (REGISTERS == 16 && rows * vectors > sums_in_registers && vectors > 1) vectors /= 2;
     return vectors;
 }
 constexpr int64_t pass_steps = 64;  // 8 KB of weights: what the passes over a group's vectors find in the first cache
@@ -85,7 +85,7 @@ void multiply_rows(int rows, const char* w, const char* x, int64_t steps, float*
 // Multiplies tiles of x with pieces of W.
 template <class Dot>
 struct Product {
-    static constexpr int max_rows = REGISTERS == 16 ? 6 : rows_in_registers<Dot>(NV);
+    static constexpr int max_rows = REGISTERS == 16 ? sums_in_registers / 2 : rows_in_registers<Dot>(NV);
 
     static constexpr int64_t ahead = steps_ahead;
 
