@@ -106,10 +106,10 @@ def test_a_step_that_raises_fails_only_the_request_at_fault(tiny, engine, monkey
     runner = llm._engine.core._run.__self__
     forward = runner.model.forward
 
-    def fragile(token_ids, batch, kv, plan):
+    def fragile(token_ids, batch, kv, plan, rows=None):
         if (token_ids == 7).sum() >= 9:
             raise RuntimeError("this prompt breaks the kernel")
-        return forward(token_ids, batch, kv, plan)
+        return forward(token_ids, batch, kv, plan, rows)
 
     monkeypatch.setattr(runner.model, "forward", fragile)
     good, bad, other = llm.generate([[*p, 4] for p in prompts], greedy())

@@ -120,11 +120,15 @@ class Runner:
             batch = arrays.to_device(self.backend)
             attention_plan = self.backend.plan_attention(batch, self.kv_spec)
             self.launched()
-            hidden = self.model.forward(self.backend.to_device(arrays.token_ids), batch, self.kv, attention_plan)
             computed = sorted(set(sources))
+            last = arrays.query_start[1:][computed].astype(np.int64) - 1
+            token_ids = self.backend.to_device(arrays.token_ids)
+            # A scored prompt needs all that its tokens became, and a step of single tokens has no others.
+            needed = None if scored or len(last) == len(token_ids) else self.backend.to_device(last)
+            hidden = self.model.forward(token_ids, batch, self.kv, attention_plan, needed)
             if computed:
-                last = arrays.query_start[1:][computed].astype(np.int64) - 1
-                logits = self.model.logits(hidden, self.backend.to_device(last))
+                places = last if needed is None else np.arange(len(last), dtype=np.int64)
+                logits = self.model.logits(hidden, self.backend.to_device(places))
             for index, i in scored:
                 result.prompt_logprobs[index] = self._score_prompt(arrays, hidden, i)
         if targets:

@@ -10,8 +10,8 @@
 namespace quire {
 namespace {
 
-// Rows of x that are packed at once, about: a multiple of a tile's. The weights are read once for each such block:
-// seldom, but packed x stays small.
+// Rows of x that are packed at once, at most. The weights are read once for each such block: seldom, but packed x
+// stays small.
 constexpr int64_t block_rows = 512;
 // Sums that may lie beside a panel of x in the second cache, for groups that take the panel in turns.
 constexpr int64_t shared_sums = 512 * 1024;
@@ -70,10 +70,11 @@ void linear(const LinearCall& c) {
     const std::shared_ptr<Pool> held = current_pool();
     Pool& threads = *held;
     const int type = int(c.type), workers = threads.size();
-    const int64_t steps = steps_of(c.k, c.type), block = block_rows / isa.max_tile_rows[type] * isa.max_tile_rows[type];
+    const int64_t steps = steps_of(c.k, c.type);
+    const Tiles passes = {c.rows, (c.rows + block_rows - 1) / block_rows};  // as large as each other
     thread_local Scratch packed;
-    for (int64_t row = 0; row < c.rows; row += block) {
-        const int64_t rows = std::min(c.rows - row, block);
+    for (int64_t pass = 0; pass < passes.tiles; pass++) {
+        const int64_t row = passes.begin(pass), rows = passes.size(pass);
         const Tiles tiles = {rows, (rows + isa.max_tile_rows[type] - 1) / isa.max_tile_rows[type]};
         PackXArgs pack = {rows_from(c.x, row), tiles, c.k, steps, c.type, nullptr};
         LinearArgs args = {c.weight, nullptr, tiles, steps, c.type, c.n, c.activation, c.bias, c.bias_type,

@@ -11,7 +11,7 @@
 namespace quire {
 namespace {
 
-constexpr int64_t block_rows = 504;      // rows of x that are packed at once, as in linear.cpp
+constexpr int64_t block_rows = 512;      // rows of x that are packed at once, at most, as in linear.cpp
 constexpr int64_t pack_alone = 8 * 1024;  // elements below which meeting the other threads costs more than it saves
 
 // Where the integers of row i of a block go: column c of a group.
@@ -77,8 +77,9 @@ void linear(const QuantCall& c) {
     const QuantShape& s = c.shape;
     const int64_t row_bytes = s.groups() * (8 + s.group / columns_per_step * isa.quant_x_step);
     thread_local Scratch packed;
-    for (int64_t row = 0; row < c.rows; row += block_rows) {
-        const int64_t rows = std::min(c.rows - row, block_rows);
+    const Tiles passes = {c.rows, (c.rows + block_rows - 1) / block_rows};
+    for (int64_t pass = 0; pass < passes.tiles; pass++) {
+        const int64_t row = passes.begin(pass), rows = passes.size(pass);
         const Tiles tiles = {rows, (rows + isa.quant_tile_rows - 1) / isa.quant_tile_rows};
         const QuantXArgs pack = {rows_from(c.x, row), tiles, s,
                                  static_cast<char*>(packed.reserve(size_t(rows * row_bytes)))};

@@ -37,15 +37,6 @@ private:
     const unsigned before_;
 };
 
-// 2^x for x <= 0, within 1.1e-4 of it (weights are rounded to 8 bits next) and exact for integers. The polynomial is a
-// least-maximum fit on [0, 1) with both ends fixed, made for this file.
-QUIRE_INLINE VF power_of_two(VF x) {
-    const VF r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
-    VF p = fma(r, set1(0.07826797f), set1(0.22630768f));
-    p = fma(p, r, set1(0.69542432f));
-    return {_mm512_scalef_ps(fma(p, r, set1(1.0f)).v, x.v)};
-}
-
 // Where the blocks of a tile of keys are. Those of a slice that is not read in full point to one that is.
 struct KeyTile {
     int64_t index;
@@ -352,13 +343,13 @@ void TileTask<Pages>::soften(Job& job, int row) {
         top0 = max(load(s + i), top0);
         top1 = max(load(s + i + W), top1);
     }
-    const float top = reduce_max(max(top0, top1)), unit = plain ? a_.scale : 1.0f, factor = unit * 1.44269504f;
+    const float top = reduce_max(max(top0, top1)), unit = plain ? a_.scale : 1.0f, factor = unit * log2_e;
     job.maximum[row] = top * unit;
     const VF f = set1(factor), offset = set1(-top * factor);
     VF total0 = zero(), total1 = zero();
     char* out = job.weights + row * weight_stride + lo * 2;
     for (int i = lo; i < hi; i += 2 * W, out += 4 * W) {
-        VF p0 = power_of_two(fma(load(s + i), f, offset)), p1 = power_of_two(fma(load(s + i + W), f, offset));
+        VF p0 = coarse_power_of_two(fma(load(s + i), f, offset)), p1 = coarse_power_of_two(fma(load(s + i + W), f, offset));
         total0 = total0 + p0;
         total1 = total1 + p1;
         if constexpr (Pages::scaled) {

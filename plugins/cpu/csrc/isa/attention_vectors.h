@@ -167,35 +167,54 @@ struct Blocks {
     const char *k[blocks_of_tile + 1], *v[blocks_of_tile + 1];
 };
 
-// Scores to weights for one row: scale, cap, hide, exp(score - maximum). Leaves them packed; returns maximum and sum.
+// 2^(unit (score - top)), as a product takes it from memory: where that is in 8 bits, it is not computed to 24 before.
+QUIRE_INLINE VF weight_for(const float*, VF score, VF top, VF unit) { return power_of_two((score - top) * unit); }
+QUIRE_INLINE void store_weight(float* p, VF w) { store(p, w); }
+#if defined(QUIRE_HAS_BF16_DOT)
+QUIRE_INLINE VF weight_for(const bf16*, VF score, VF top, VF unit) {
+    return coarse_power_of_two(fma(score, unit, zero() - top * unit));
+}
+QUIRE_INLINE void store_weight(bf16* p, VF w) {  // denormals are flushed, as they are in the product
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(w.v));
+}
+#endif
+
+// Lanes first .. last-1 of the scores at `s`: hidden.
+inline void hide(float* s, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; i++) s[i] = minus_infinity;
+}
+
+// Scores to weights for one row: scale, cap, hide what is not in [begin, end), e^(score - maximum). Leaves them packed;
+// returns maximum and sum.
 template <class Dot>
 void soften(const AttentionArgs& a, const Blocks& blocks, float* scores, int64_t begin, int64_t end, char* packed,
             int64_t packed_stride, float& maximum, float& sum) {
-    const int first = blocks.first, last = blocks.last;
-    const VF scale = set1(a.scale), hidden = set1(minus_infinity);
-    VF top = hidden;
-    for (int i = first * key_block; i < last * key_block; i += W) {
-        VF s = load(scores + i) * scale;
-        if constexpr (Dot::scaled) s = s * scales_of(blocks.k, i, a.layout.key_data_bytes());
+    const unsigned lo = unsigned(blocks.first * key_block), hi = unsigned(blocks.last * key_block);
+    const bool plain = !Dot::scaled && a.soft_cap == 0 && a.scale > 0;  // then the maximum can be scaled instead
+    for (unsigned i = lo; !plain && i < hi; i += W) {
+        VF s = load(scores + i) * set1(a.scale);
+        if constexpr (Dot::scaled) s = s * scales_of(blocks.k, int(i), a.layout.key_data_bytes());
         if (a.soft_cap != 0) s = set1(a.soft_cap) * tanh(s / set1(a.soft_cap));
-        if (i < begin || i + W > end) s = keep(s, int(begin - i), int(end - i), hidden);
         store(scores + i, s);
-        top = max(top, s);
     }
-    maximum = reduce_max(top);
-    const VF m = set1(maximum);
-    VF total = zero();
-    constexpr int block = step_block * Dot::per_step;  // weights of a row in one block of packed steps
-    for (int i = first * key_block; i < last * key_block; i += W) {
-        VF p = exp(load(scores + i) - m);
-        // Infinite or NaN scores must not reach what is hidden: there the weight is 0 whatever they are.
-        if (i < begin || i + W > end) p = keep(p, int(begin - i), int(end - i), zero());
+    hide(scores, lo, begin);
+    hide(scores, end, hi);
+    VF highest = set1(minus_infinity), total = zero();
+    for (unsigned i = lo; i < hi; i += W) highest = max(highest, load(scores + i));
+    const float scale = plain ? a.scale : 1.0f, most = reduce_max(highest);
+    maximum = most * scale;
+    const VF top = set1(most), unit = set1(scale * log2_e);
+    constexpr unsigned block = step_block * Dot::per_step;  // weights of a row in one block of packed steps
+    for (unsigned i = lo; i < hi; i += W) {
+        auto* to = reinterpret_cast<typename Dot::X*>(packed + i / block * packed_stride) + i % block;
+        VF p = weight_for(to, load(scores + i), top, unit);
         total = total + p;
-        if constexpr (Dot::scaled) {  // 0 times the scale of a slot that nobody wrote may be NaN
-            p = p * scales_of(blocks.v, i, a.layout.value_data_bytes());
-            if (i < begin || i + W > end) p = keep(p, int(begin - i), int(end - i), zero());
+        if constexpr (Dot::scaled) {
+            p = p * scales_of(blocks.v, int(i), a.layout.value_data_bytes());
+            // 0 times the scale of a slot that nobody wrote may be NaN.
+            if (i < begin || i + W > end) p = keep(p, int(begin) - int(i), int(end) - int(i), zero());
         }
-        store(reinterpret_cast<typename Dot::X*>(packed + i / block * packed_stride) + i % block, p);
+        store_weight(to, p);
     }
     sum = reduce_add(total);
 }

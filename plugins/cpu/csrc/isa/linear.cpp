@@ -212,11 +212,14 @@ struct Task {
 
     // Several tiles take a panel of weights in turns, and each fetches its share of the panel that comes next. The
     // panels of all groups at the same steps come one after the other, so that the part of x which they meet stays near.
+    // All are about as long: a short one would end before the next has come.
     QUIRE_MEMBER void share() {
-        const int64_t count = tile1 - tile0, bytes = panel_steps * step_bytes / count;
+        const int64_t count = tile1 - tile0, blocks = a.steps / step_block;
+        const int64_t panels = (a.steps + panel_steps - 1) / panel_steps, longest = (blocks + panels - 1) / panels;
+        const int64_t bytes = longest * step_block * step_bytes / count;
         const int ahead_step = int((step_bytes + count - 1) / count);
-        for (int64_t from = 0, to; from < a.steps; from = to) {
-            to = smaller(a.steps, from + panel_steps);
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t from = blocks * panel / panels * step_block, to = blocks * (panel + 1) / panels * step_block;
             for (int64_t group = group0; group < group1; group++)
                 for (int64_t half = 0; half < halves; half++) {
                     const char* next = half + 1 < halves    ? weight(group, half + 1) + from * step_bytes
@@ -256,14 +259,18 @@ void pack_block(const T* x, int64_t k0, int64_t k, char* out) {
     }
 }
 
+// Row by row: the processor's own prefetchers follow one, not all at once.
 template <class Dot, class T>
 void pack_tile(const PackXArgs& a, int64_t tile) {
+    constexpr int block_bytes = step_block * Dot::x_bytes;
     const int rows = a.tiles.size(tile);
     const int64_t row0 = a.tiles.begin(tile);
-    char* out = a.packed + row0 * a.steps * Dot::x_bytes;
-    for (int64_t s = 0; s < a.steps; s += step_block)
-        for (int r = 0; r < rows; r++, out += step_block * Dot::x_bytes)
-            pack_block<Dot>(static_cast<const T*>(a.x.data) + (row0 + r) * a.x.stride, s * Dot::per_step, a.k, out);
+    for (int r = 0; r < rows; r++) {
+        const T* x = static_cast<const T*>(a.x.data) + (row0 + r) * a.x.stride;
+        char* out = a.packed + row0 * a.steps * Dot::x_bytes + r * block_bytes;
+        for (int64_t s = 0; s < a.steps; s += step_block, out += rows * block_bytes)
+            pack_block<Dot>(x, s * Dot::per_step, a.k, out);
+    }
 }
 
 }  // namespace

@@ -125,7 +125,8 @@ QUIRE_INLINE void sums_of(const QuantArgs& a, int64_t block, int64_t tile0, int6
     const char* w = a.weight + block * s.block_bytes();
     const int64_t groups = s.groups(), count = tile1 - tile0, row0 = a.tiles.begin(tile0);
     // As in linear: one tile fetches a fixed distance ahead; several share a panel, and fetch the next one together.
-    const int64_t panel = larger<int64_t>(1, panel_bytes / s.group_bytes());
+    const int64_t panels = (groups * s.group_bytes() + panel_bytes - 1) / panel_bytes;
+    const int64_t panel = (groups + panels - 1) / panels;
     const int64_t ahead = smaller(groups, (bytes_ahead + s.group_bytes() - 1) / s.group_bytes());
     const int64_t group_steps = s.group * s.bits / 32;  // of the inner loop, each of step_bytes
     const int64_t ahead_step = (s.group_bytes() + group_steps * count - 1) / (group_steps * count);

@@ -77,15 +77,24 @@ QUIRE_INLINE VF load(const uint16_t* p) {
     const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-QUIRE_INLINE void store(uint16_t* p, VF a) {
-    // Not vcvtneps2bf16, which flushes denormals: what is stored is then the same on every instruction set.
+QUIRE_INLINE __m256i round_to_bf16(VF a) {
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
     const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     const __m512i r = _mm512_srli_epi32(_mm512_mask_blend_epi32(nan, up, quiet), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+    return _mm512_cvtepi32_epi16(r);
+}
+QUIRE_INLINE void store(uint16_t* p, VF a) {
+#if defined(__AVX512BF16__)
+    // The instruction does the same, but takes denormals for zero: what is stored is to be the same everywhere.
+    __m256i r = (__m256i)_mm512_cvtneps_pbh(a.v);
+    if (__builtin_expect(_mm512_fpclass_ps_mask(a.v, 0x20) != 0, 0)) r = round_to_bf16(a);
+#else
+    const __m256i r = round_to_bf16(a);
+#endif
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), r);
 }
 
 #if defined(__AVX512BF16__)

@@ -6,11 +6,13 @@
 
 namespace quire::QUIRE_ISA {
 
+constexpr float log2_e = 1.44269504f;
+
 // Within 2 units in the last place; 0 below -87.3, where float32 turns denormal; the value at 88 above 88; NaN is kept.
 QUIRE_INLINE VF exp(VF x) {
     // The operands' order matters: min and max return the second one for NaN.
     const VF c = max(set1(-87.33f), min(set1(88.0f), x));
-    const VF n = round(c * set1(1.44269504f));
+    const VF n = round(c * set1(log2_e));
     // ln 2 in two pieces, the first with so few bits that n times it is exact.
     const VF r = fma(n, set1(2.12194440e-4f), fma(n, set1(-0.693359375f), c));
     VF q = fma(r, set1(0.0013933734f), set1(0.008363236f));
@@ -20,6 +22,27 @@ QUIRE_INLINE VF exp(VF x) {
     const VF p = fma(q, r * r, r) + set1(1.0f);
     return select_lt(x, set1(-87.33f), zero(), scale_by_power(p, n));
 }
+
+// 2^x for x <= 0, within 2 units in the last place; 0 below -126, where float32 turns denormal; NaN is kept.
+QUIRE_INLINE VF power_of_two(VF x) {
+    const VF c = max(set1(-126.0f), x), n = round(c), r = c - n;
+    VF q = fma(r, set1(0.00132186722f), set1(0.00967169832f));
+    q = fma(q, r, set1(0.0555089302f));
+    q = fma(q, r, set1(0.24022238f));
+    q = fma(q, r, set1(0.693146884f));
+    return select_lt(x, set1(-126.0f), zero(), scale_by_power(fma(q, r, set1(1.0f)), n));
+}
+
+#if defined(__AVX512BF16__)
+// The same within 1.1e-4 of it, for what is rounded to 8 bits next, and exact for integers. The polynomial is a
+// least-maximum fit on [0, 1) with both ends fixed.
+QUIRE_INLINE VF coarse_power_of_two(VF x) {
+    const VF r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+    VF p = fma(r, set1(0.07826797f), set1(0.22630768f));
+    p = fma(p, r, set1(0.69542432f));
+    return {_mm512_scalef_ps(fma(p, r, set1(1.0f)).v, x.v)};
+}
+#endif
 
 QUIRE_INLINE VF tanh(VF x) {
     const VF a = abs(x), u = x * x;
