@@ -31,9 +31,9 @@ void set_nodes(const std::vector<int>& nodes) {
 
 namespace {
 
-void* allocate(size_t bytes) {
+void* allocate(size_t bytes, size_t align = alignment) {
     void* data = nullptr;
-    if (posix_memalign(&data, alignment, bytes ? bytes : 1) != 0) throw std::bad_alloc();
+    if (posix_memalign(&data, align, bytes ? bytes : 1) != 0) throw std::bad_alloc();
     return data;
 }
 
@@ -125,16 +125,20 @@ Scratch::~Scratch() { std::free(data_); }
 void* Scratch::reserve(size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
     const bool fits = bytes == capacity_;  // no byte more, so that the sanitizer sees what leaves it
-    const size_t room = bytes;
+    const size_t room = bytes, unit = alignment;
 #else
     const bool fits = bytes <= capacity_;
-    const size_t room = round_up(bytes + bytes / 4, alignment);
+    const size_t unit = bytes < huge_page / 2 ? alignment : huge_page;
+    const size_t room = round_up(bytes + bytes / 4, unit);
 #endif
     if (!fits) {
         std::free(data_);
         data_ = nullptr;
         capacity_ = 0;
-        data_ = allocate(room);
+        data_ = allocate(room, unit);
+#if defined(MADV_HUGEPAGE)
+        if (unit == huge_page) madvise(data_, room, MADV_HUGEPAGE);
+#endif
         capacity_ = room;
     }
     return data_;
