@@ -83,7 +83,7 @@ def line_panels(axes: tuple[plt.Axes, plt.Axes], title: str, contents: list[dict
         each.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
         each.set_xlabel(label, fontsize=9)
         each.axhline(1.0, color="black", linewidth=0.8)
-        each.set_ylim(0, 1.12)
+        each.set_ylim(0, max(1.12, each.dataLim.ymax * 1.05))  # a limit that moves can be passed
         each.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
         each.spines[["top", "right"]].set_visible(False)
     axes[0].set_title(title, fontsize=10, loc="left")
