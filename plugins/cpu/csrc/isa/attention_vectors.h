@@ -174,9 +174,7 @@ QUIRE_INLINE void store_weight(float* p, VF w) { store(p, w); }
 QUIRE_INLINE VF weight_for(const bf16*, VF score, VF top, VF unit) {
     return coarse_power_of_two(fma(score, unit, zero() - top * unit));
 }
-QUIRE_INLINE void store_weight(bf16* p, VF w) {  // denormals are flushed, as they are in the product
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(w.v));
-}
+QUIRE_INLINE void store_weight(bf16* p, VF w) { store_operand(p, w); }
 #endif
 
 // Lanes first .. last-1 of the scores at `s`: hidden.

@@ -105,6 +105,18 @@ QUIRE_INLINE VF dot_bf16(VF acc, VRaw w, const void* x) {
     memcpy(&pair, x, 4);
     return {_mm512_dpbf16_ps(acc.v, (__m512bh)w.v, (__m512bh)_mm512_set1_epi32(pair))};
 }
+// For an operand of dot_bf16: as store, but denormals become zero here.
+QUIRE_INLINE void store_operand(uint16_t* p, VF a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+// 2^x for x <= 0 within 1.1e-4 of it, for what is rounded to 8 bits next, and exact for integers. The polynomial is a
+// least-maximum fit on [0, 1) with both ends fixed.
+QUIRE_INLINE VF coarse_power_of_two(VF x) {
+    const VF r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
+    VF p = fma(r, set1(0.07826797f), set1(0.22630768f));
+    p = fma(p, r, set1(0.69542432f));
+    return {_mm512_scalef_ps(fma(p, r, set1(1.0f)).v, x.v)};
+}
 #endif
 
 // Integers: W of 32 bits.

@@ -33,17 +33,6 @@ QUIRE_INLINE VF power_of_two(VF x) {
     return select_lt(x, set1(-126.0f), zero(), scale_by_power(fma(q, r, set1(1.0f)), n));
 }
 
-#if defined(__AVX512BF16__)
-// The same within 1.1e-4 of it, for what is rounded to 8 bits next, and exact for integers. The polynomial is a
-// least-maximum fit on [0, 1) with both ends fixed.
-QUIRE_INLINE VF coarse_power_of_two(VF x) {
-    const VF r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};
-    VF p = fma(r, set1(0.07826797f), set1(0.22630768f));
-    p = fma(p, r, set1(0.69542432f));
-    return {_mm512_scalef_ps(fma(p, r, set1(1.0f)).v, x.v)};
-}
-#endif
-
 QUIRE_INLINE VF tanh(VF x) {
     const VF a = abs(x), u = x * x;
     VF q = fma(u, set1(0.0023735156f), set1(-0.008412554f));
