@@ -26,6 +26,14 @@ COLORS = {
 }
 
 
+def frame(axes: plt.Axes) -> None:
+    """A line at the limit, and room above it: a limit that moves can be passed."""
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_ylim(0, max(1.12, axes.dataLim.ymax * 1.05))
+    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def panel(axes: plt.Axes, content: dict) -> None:
     """Grouped bars of one file."""
     rows = {row["name"]: row["speeds"] for row in content["rows"]}
@@ -39,13 +47,10 @@ def panel(axes: plt.Axes, content: dict) -> None:
         bars = axes.bar(places, shares, width * 0.92, label=name, color=COLORS.get(name.partition("-")[0]))
         labels = [f"{rows[name][work]:,.0f}" if work in rows[name] else "failed" for work in workloads]
         axes.bar_label(bars, labels, fontsize=7, padding=1)
-    axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(workloads)), [work.replace("->", "→") for work in workloads])
-    axes.set_ylim(0, 1.12)
-    axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+    frame(axes)
     settings = content["settings"]
     axes.set_title(f"{settings['model']}, {settings.get('quantization') or settings['dtype']}", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 STEP = re.compile(r"(\d+) x decode at ([\d,]+)$")
@@ -82,10 +87,7 @@ def line_panels(axes: tuple[plt.Axes, plt.Axes], title: str, contents: list[dict
         each.set_xscale("log", base=2)
         each.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:,.0f}"))
         each.set_xlabel(label, fontsize=9)
-        each.axhline(1.0, color="black", linewidth=0.8)
-        each.set_ylim(0, max(1.12, each.dataLim.ymax * 1.05))  # a limit that moves can be passed
-        each.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-        each.spines[["top", "right"]].set_visible(False)
+        frame(each)
     axes[0].set_title(title, fontsize=10, loc="left")
     axes[0].set_ylabel("share of the limit")
 

@@ -228,6 +228,16 @@ def test_float16_pages_keep_every_float16(isa):
     assert torch.equal(s.run([(0, 0, len(values))])[0].half(), s.v[0].half())
 
 
+def test_bfloat16_pages_keep_every_bfloat16(isa):
+    """As above: also what a processor's own rounding to bfloat16 takes for zero."""
+    bits = torch.arange(1 << 16).to(torch.int32).to(torch.int16).view(torch.bfloat16)
+    values = bits[bits.isfinite()].view(-1, 64)
+    s = Sequences([len(values)], spec_of(1, 1, window=1), torch.float32, torch.bfloat16)
+    for exact in (values.float(), values.float() * (1 + 2.0**-8 + 2.0**-20)):
+        s.v[0] = exact.clamp(-3e38, 3e38).view(-1, 1, 64)
+        assert torch.equal(s.run([(0, 0, len(values))])[0], s.v[0].bfloat16().float())
+
+
 def test_page_bytes():
     group = lambda dtype: KVGroupSpec((0, 1), 3, 64, dtype, 32)  # noqa: E731
     numbers = 2 * 2 * 3 * 64 * 32

@@ -10,9 +10,6 @@
 namespace quire {
 namespace {
 
-// Rows of x that are packed at once, at most. The weights are read once for each such block: seldom, but packed x
-// stays small.
-constexpr int64_t block_rows = 512;
 // Sums that may lie beside a panel of x in the second cache, for groups that take the panel in turns.
 constexpr int64_t shared_sums = 512 * 1024;
 // Packing less than this is not worth meeting the other threads for.
@@ -71,7 +68,7 @@ void linear(const LinearCall& c) {
     Pool& threads = *held;
     const int type = int(c.type), workers = threads.size();
     const int64_t steps = steps_of(c.k, c.type);
-    const Tiles passes = {c.rows, (c.rows + block_rows - 1) / block_rows};  // as large as each other
+    const Tiles passes = passes_of(c.rows);
     thread_local Scratch packed;
     for (int64_t pass = 0; pass < passes.tiles; pass++) {
         const int64_t row = passes.begin(pass), rows = passes.size(pass);

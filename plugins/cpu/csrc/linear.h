@@ -37,6 +37,11 @@ struct Tiles {
     QUIRE_CONST int size(int64_t tile) const { return int(begin(tile + 1) - begin(tile)); }
 };
 
+// What is computed at a time of so many rows of x: passes as large as each other. x is packed for one pass and the weights
+// are read once for it: seldom, but packed x stays small.
+constexpr int64_t pass_rows = 512;  // at most
+QUIRE_CONST Tiles passes_of(int64_t rows) { return {rows, (rows + pass_rows - 1) / pass_rows}; }
+
 struct PackXArgs {
     Matrix x;            // first row of the block
     Tiles tiles;

@@ -11,7 +11,6 @@
 namespace quire {
 namespace {
 
-constexpr int64_t block_rows = 512;      // rows of x that are packed at once, at most, as in linear.cpp
 constexpr int64_t pack_alone = 8 * 1024;  // elements below which meeting the other threads costs more than it saves
 
 // Where the integers of row i of a block go: column c of a group.
@@ -77,7 +76,7 @@ void linear(const QuantCall& c) {
     const QuantShape& s = c.shape;
     const int64_t row_bytes = s.groups() * (8 + s.group / columns_per_step * isa.quant_x_step);
     thread_local Scratch packed;
-    const Tiles passes = {c.rows, (c.rows + block_rows - 1) / block_rows};
+    const Tiles passes = passes_of(c.rows);
     for (int64_t pass = 0; pass < passes.tiles; pass++) {
         const int64_t row = passes.begin(pass), rows = passes.size(pass);
         const Tiles tiles = {rows, (rows + isa.quant_tile_rows - 1) / isa.quant_tile_rows};
