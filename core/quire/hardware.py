@@ -293,7 +293,7 @@ class Backend:
 
     # -- weights and pointwise operations --------------------------------------------------------------------------
     def pack_weight(self, raw: Mapping[str, Tensor], format: str = "dense") -> Any:
-        """The device's own layout of raw["weight"] [out, in], as it is or rounded (``reference.quantize``). No second copy."""
+        """raw["weight"] [out, in], as it is or rounded (``reference.quantize``), copied once into the device's own layout."""
         return reference.ops.pack_weight(raw, format, self)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:

@@ -209,6 +209,11 @@ class SumsInBfloat16(Host):
         return out if bias is None else out + bias
 
 
+class KeepsTheCallersMemory(Host):
+    def pack_weight(self, raw, format="dense"):
+        return raw["weight"] if format == "dense" else super().pack_weight(raw, format)
+
+
 class OneScaleForARow(Host):
     """Rounds with one scale for a row where the format says one for each group."""
 
@@ -348,6 +353,7 @@ CAUGHT_BY = {
     CopiesOneByOne: ("pages", "copies_of_one_call_do_not_see_each_other"),
     ForgetsBias: ("operations", "linear"),
     SumsInBfloat16: ("operations", "linear_sums_in_float32"),
+    KeepsTheCallersMemory: ("operations", "what_is_packed_is_the_devices_own"),
     OneScaleForARow: ("operations", "quantized_groups_have_scales_of_their_own"),
     OneScaleForABatch: ("operations", "quantized_linear"),
     LastOfEquals: ("operations", "route"),

@@ -89,17 +89,17 @@ def test_every_stored_dtype_becomes_the_wanted_one(stored_as, tmp_path):
 
 
 def test_each_weight_is_packed_once_and_nothing_else_is_kept(tmp_path):
-    packed = []
+    shapes, packed = [], []
 
     class Counting(Host):
         def pack_weight(self, raw, format="dense"):
-            packed.append(raw["weight"])
-            return super().pack_weight(raw, format)
+            shapes.append(tuple(raw["weight"].shape))
+            packed.append(super().pack_weight(raw, format))
+            return packed[-1]
 
     weights = read(put(tmp_path, tensors()), backend=Counting())
-    matrices = [w for w in Llama().weights(CONFIG) if w.kind == "matrix"]
-    assert [tuple(t.shape) for t in packed] == [w.shape for w in matrices]
-    assert weights.head.data_ptr() == packed[-1].data_ptr()
+    assert shapes == [w.shape for w in Llama().weights(CONFIG) if w.kind == "matrix"]
+    assert weights.head is packed[-1]
     tied = {**CONFIG, "tie_word_embeddings": True}
     weights = read(tmp_path, config=tied)
     assert weights.head.data_ptr() == weights.embedding.data_ptr()

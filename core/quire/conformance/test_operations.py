@@ -8,6 +8,7 @@ import torch
 from quire.conformance.ops import Weight, Wide, both, random
 from quire.conformance.world import Paper, Row, Shape, Stage, close, usual_head, usual_kv
 from quire.quantization import FORMATS
+from quire.reference import torch_dtype
 from quire.spec import AttentionWeights, MlpSpec, MlpWeights, NormSpec, RotarySpec
 
 ROWS = [0, 1, 2, 7, 33]
@@ -34,6 +35,17 @@ def test_linear_sums_in_float32(backend, dtype):
 def test_linear_of_rows_with_gaps(backend, dtype):
     x = random(9, 80)
     both(backend, dtype, lambda b, x, w: b.linear(x[:, 8:72], w), x, Weight(random(24, 64, seed=1, scale=0.1)))
+
+
+def test_what_is_packed_is_the_devices_own(backend, primary):
+    """A loader packs one weight after the other from the same memory, or from a file's."""
+    x = random(3, 128).to(torch_dtype(primary)).to(backend.device)
+    for format in ("dense", *sorted(backend.capabilities.quantization & set(FORMATS))):
+        raw = random(64, 128, seed=1, scale=0.1).to(torch_dtype(primary))
+        weight = backend.pack_weight({"weight": raw}, format)
+        before = backend.linear(x, weight).cpu()
+        raw.zero_()
+        assert torch.equal(backend.linear(x, weight).cpu(), before), f"{format}: the caller's memory is still read"
 
 
 INPUT_IN_8_BITS = {"float64": 0.0, "float32": 1500.0, "float16": 15.0, "bfloat16": 3.0}

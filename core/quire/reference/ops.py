@@ -47,12 +47,11 @@ def pack_weight(raw: Mapping[str, Tensor], format: str, backend: Backend) -> Ten
     """``dense``: raw["weight"] [out, in], or [experts, out, in] for :func:`moe`, contiguous on the device. One of
     ``quantize.FORMATS``: what is left of it after rounding, in its own dtype, which shows the error and saves nothing.
 
-    A dense tensor that is there already, for example memory-mapped from a file, is not copied. Raises
-    UnsupportedOnDevice for another format.
+    Raises UnsupportedOnDevice for another format.
     """
-    weight = raw["weight"].to(backend.device)
     if format == "dense":
-        return weight.contiguous()
+        return raw["weight"].to(backend.device, copy=True).contiguous()
+    weight = raw["weight"].to(backend.device)
     if format not in quantize.FORMATS:
         known = ("dense", *quantize.FORMATS)
         raise UnsupportedOnDevice(backend.name, "pack_weight", f"the weight format '{format}' is unknown", known)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import mmap
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +31,7 @@ from quire.spec import (
 from quire.weights.checkpoint import Checkpoint, weight_bytes
 
 Read = Callable[[WeightMap], Tensor]
-OWN_PAGES = 1 << 18  # bytes from which a weight, on its way to the device, has pages of its own
+STAGING = 64 << 20  # bytes that are kept from one weight to the next, however small it is
 COPIED_AT_ONCE = 16 << 20  # bytes of a file that are in memory beside their copy, about
 DUMMY_BLOCK = 1_048_573
 """Random numbers that are drawn for one dummy weight; a larger one repeats them. A prime, so that rows differ."""
@@ -69,7 +68,7 @@ def load_weights(
         else:
             checkpoint = stack.enter_context(Checkpoint(folder))
             checkpoint.check(weights, spec.tied_embeddings)
-            read = lambda weight: _stored_tensor(checkpoint, weight, torch_type)  # noqa: E731
+            read = Stored(checkpoint, torch_type)
         advance = stack.enter_context(_bar(weight_bytes(weights, dtype), progress))
         return _assemble(weights, spec, backend, read, advance, max_model_len, quantization)
 
@@ -91,7 +90,7 @@ def _assemble(
         fields[weight.owner, weight.layer][weight.field] = (
             backend.pack_weight({"weight": tensor}, format_of(weight, quantization))
             if weight.kind == "matrix"
-            else tensor.to(backend.device)
+            else tensor.to(backend.device, copy=True)
         )
         del tensor
     tables: dict[RotarySpec, Tensor] = {}
@@ -105,33 +104,46 @@ def _assemble(
     return ModelWeights(**fields["model", -1], layers=layers)
 
 
-def _stored_tensor(checkpoint: Checkpoint, weight: WeightMap, dtype: torch.dtype) -> Tensor:
-    """The parts joined and converted in one copy. It is our own memory, even when nothing changes: a checkpoint that
-    is overwritten or cut short while it serves must not reach the model, nor end the process. The file's pages are given
-    back as the copy goes on, so that a part is never in memory twice."""
-    joined = _own_pages(weight.shape, dtype)
-    row = 0
-    for part in weight.parts:
-        stored = checkpoint.tensor(part.name)
-        rows = max(1, COPIED_AT_ONCE // max(1, stored[:1].nbytes))
-        for piece in stored.split(rows):
-            joined[row : row + len(piece)] = piece
-            checkpoint.release(part.name)
-            row += len(piece)
-    return joined
+class Stored:
+    """Reads a checkpoint's weights in ``dtype``, each only until the next one is read: the device copies what it keeps. A
+    checkpoint that is overwritten while it serves therefore does not reach the model.
 
+    A weight that is stored as it is wanted is the file's own memory. Others, of several parts or of another dtype, are put
+    together in one piece of memory that is used again: fresh memory for each, which the system clears first, takes as
+    long as the copy. The file's pages are given back as the copy goes on, so that a part is never in memory twice.
+    """
 
-def _own_pages(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor; a large one in pages of its own, which the system has back once nothing refers to it.
-    malloc would keep what each matrix leaves behind, cut up by the small tensors that stay: a third of a small model."""
-    size = math.prod(shape) * dtype.itemsize
-    if size < OWN_PAGES or not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.empty(shape, dtype=dtype)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(tuple(shape))
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self._mapped: str | None = None  # the tensor whose pages the last weight was
+        self._staging = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, weight: WeightMap) -> Tensor:
+        if self._mapped is not None:
+            self.checkpoint.release(self._mapped)
+            self._mapped = None
+        if len(weight.parts) == 1:
+            stored = self.checkpoint.tensor(weight.parts[0].name)
+            if stored.dtype == self.dtype and stored.data_ptr() % self.dtype.itemsize == 0:
+                self._mapped = weight.parts[0].name
+                return stored
+        joined = self._staged(weight.shape)
+        row = 0
+        for part in weight.parts:
+            stored = self.checkpoint.tensor(part.name)
+            rows = max(1, COPIED_AT_ONCE // max(1, stored[:1].nbytes))
+            for piece in stored.split(rows):
+                joined[row : row + len(piece)] = piece
+                self.checkpoint.release(part.name)
+                row += len(piece)
+        return joined
+
+    def _staged(self, shape: Sequence[int]) -> Tensor:
+        size = math.prod(shape) * self.dtype.itemsize
+        if not size <= len(self._staging) <= max(STAGING, 8 * size):
+            # Large enough for malloc to give it back when it is let go. What is never touched costs nothing.
+            self._staging = torch.empty(max(STAGING, size), dtype=torch.uint8)
+        return self._staging[:size].view(self.dtype).view(tuple(shape))
 
 
 def dummy_tensor(weight: WeightMap, dtype: torch.dtype, seed: int, device: torch.device | str = "cpu") -> Tensor:

@@ -49,7 +49,8 @@ class Block:
     def __init__(self, weight: Tensor) -> None:
         self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
         self.packed = _library_layout(weight)
-        self.weight = weight.new_empty(0) if self.packed is not None else weight.contiguous()
+        kept = weight if self.packed is None else weight[:0]  # a copy: the caller's memory is used again
+        self.weight = kept.clone(memory_format=torch.contiguous_format)
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.packed is not None:
