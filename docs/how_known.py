@@ -172,7 +172,8 @@ def backends() -> dict[str, Any]:
     found: dict[str, Any] = {}
     for plugin in PLUGINS:
         factories: dict[str, Any] = {}
-        importlib.import_module(f"quire_{plugin}").quire_register_backends(factories.__setitem__)
+        register = lambda name, make, begin=None, into=factories: into.__setitem__(name, make)  # noqa: E731
+        importlib.import_module(f"quire_{plugin}").quire_register_backends(register)
         found |= {name: make() for name, make in factories.items()}
     return found
 

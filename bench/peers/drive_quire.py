@@ -13,6 +13,7 @@ class Quire(Engine):
     def __init__(self, settings: dict) -> None:
         self.llm = quire.LLM(
             settings["model"],
+            device="cpu",
             skip_tokenizer_init=True,
             dtype=settings["dtype"],
             quantization=settings.get("quantization"),

@@ -60,8 +60,10 @@ class Hooks:
     """Hooks of the entry-point group ``quire``. Each calls ``register`` any number of times (parsers: docs/tool-calling.md)."""
 
     @hookspec
-    def quire_register_backends(self, register: Callable[[str, Callable[[], Backend]], None]) -> None:
-        """``register(name, factory)``: a device name for ``--device`` and a factory that is called only when used."""
+    def quire_register_backends(self, register: Callable[..., None]) -> None:
+        """``register(name, factory, begin=None)``: a device name for ``--device`` and a factory that is called only when used.
+        ``begin(weights, largest)``, if any, comes before it, with the bytes of a model and of its largest weight: to start in
+        the background what needs no torch, which is imported meanwhile. ``begin(0, 0)``, when loading ends, ends that."""
 
     @hookspec
     def quire_register_models(self, register: Callable[[str, Callable[[], Any]], None]) -> None:

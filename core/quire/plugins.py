@@ -6,6 +6,7 @@ name is taken, it was built for another contract) is recorded under its name, an
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from typing import Any
 import pluggy
 
 from quire.hardware import CONTRACT_VERSION, Backend, DeviceInfo, DeviceUnavailable, Hooks
+
+log = logging.getLogger("quire.plugins")
 
 GROUP = "quire"
 KINDS = ("backends", "models", "checkpoints", "tool_parsers", "reasoning_parsers")
@@ -48,6 +51,7 @@ class Registry:
     checkpoints: dict[str, Callable[[], str]] = field(default_factory=dict)
     tool_parsers: dict[str, Callable[[], Any]] = field(default_factory=dict)
     reasoning_parsers: dict[str, Callable[[], Any]] = field(default_factory=dict)
+    begins: dict[str, Callable[[int, int], None]] = field(default_factory=dict)  # of backends that have one
 
     def owner(self, kind: str, name: str) -> Plugin:
         return next(p for p in self.plugins if name in p.registered[kind])
@@ -72,6 +76,18 @@ class Registry:
             raise DeviceUnavailable(reason)
         backend.name = name
         return backend
+
+    def begin(self, name: str, weights: int, largest: int) -> None:
+        """Tell ``--device NAME`` that a model of ``weights`` bytes is coming, or (0) that it is there. With ``auto``, only
+        where all devices are one plugin's: memory is not to be taken on one device for what will be on another."""
+        if name == "auto" and len({self.owner("backends", each).name for each in self.backends}) > 1:
+            return
+        for each in self.backends if name == "auto" else (name,):
+            if each in self.begins:
+                try:
+                    self.begins[each](weights, largest)
+                except Exception as error:  # it only saves time: what the device cannot do, it says when it is opened
+                    log.warning("begin() of '%s' failed: %s", each, describe(error))
 
     def find(self, name: str) -> tuple[Backend | None, list[DeviceInfo], str]:
         """(backend, its devices, why there are none): never raises, whatever a plugin does."""
@@ -197,8 +213,16 @@ def _register(registry: Registry, plugin: Plugin, module: Any) -> None:
 
         return register
 
+    def register_backend(
+        name: str, factory: Callable[[], Any], begin: Callable[[int, int], None] | None = None
+    ) -> None:
+        collector("backends")(name, factory)
+        if begin is not None and name in plugin.registered["backends"]:
+            registry.begins[name] = begin
+
+    collectors = {kind: collector(kind) for kind in KINDS} | {"backends": register_backend}
     for kind in KINDS:
         try:
-            getattr(manager.hook, f"quire_register_{kind}")(register=collector(kind))
+            getattr(manager.hook, f"quire_register_{kind}")(register=collectors[kind])
         except Exception as error:
             plugin.refuse(f"quire_register_{kind} failed: {describe(error)}")

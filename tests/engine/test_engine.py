@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
@@ -51,6 +52,22 @@ def test_logprobs_are_those_of_transformers(tiny, engine, reference):
         entry = output.prompt_logprobs[i]
         assert math.isclose(entry[PROMPT[i]].logprob, expected[i - 1][PROMPT[i]].item(), abs_tol=2e-4)
         assert len(entry) in (2, 3)
+
+
+def test_a_device_is_told_what_is_coming_and_when_loading_ends_however_it_ends(tiny, monkeypatch):
+    from quire.plugins import Registry
+
+    told = []
+    monkeypatch.setattr(Registry, "begin", lambda self, *args: told.append(args))
+    LLM(str(tiny), device="cpu", dtype="float32", skip_tokenizer_init=True)
+    with pytest.raises(UserError):
+        LLM(str(tiny), device="cpu", dtype="float32", skip_tokenizer_init=True, kv_cache_memory_bytes=1)
+    held = sum(file.stat().st_size for file in Path(tiny).glob("*.safetensors"))
+    begun, ended, *again = told
+    assert again == [begun, ended]
+    assert ended == ("cpu", 0, 0)
+    assert 0.9 * held < begun[1] <= held, "the checkpoint, without its header, in the dtype that was asked for"
+    assert 0 < begun[2] < begun[1]
 
 
 @pytest.mark.parametrize("budget", [5, 7, 2048])

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from quire.hardware import KVGroupSpec, KVSpec, reference
+from quire.hardware import KVGroupSpec, KVSpec, MemoryInfo, reference
 from quire_cpu import native
 from quire_cpu.native_attention import allocate_kv, page_bytes
-from quire_cpu.placement import huge_pages
+from quire_cpu.placement import Placement, huge_pages
 
 HUGE = 2 << 20
 mapped = pytest.mark.skipif(
@@ -74,6 +75,61 @@ def test_buffers_take_their_memory_from_the_named_nodes():
     finally:
         native._native.set_nodes([])
     assert policy(native._native.Buffer(8 << 20, True)) == "default"
+
+
+@mapped
+def test_memory_is_made_ready_ahead_of_the_buffers_but_not_too_far():
+    def soon(address: int, expected: int) -> bool:
+        return any(mapping(address, "Rss") >= expected or time.sleep(0.01) for _ in range(2000))
+
+    begin = native._native.begin_buffers
+    try:
+        begin(64 << 20, 16 << 20)
+        first = native._native.Buffer(32 << 20)  # nothing of it is written
+        assert soon(first.address, 16 << 20)
+        time.sleep(0.05)
+        assert mapping(first.address, "Rss") <= (16 << 20) + HUGE, "no further ahead than it may be"
+        second = native._native.Buffer(1 << 20)
+        assert second.address == first.address + (32 << 20)
+        assert soon(first.address, 48 << 20)
+        values = native.as_tensor(second, torch.uint8)
+        assert not values.any()
+        values.fill_(7)
+        begin(0, 0)
+        assert values.eq(7).all(), "what a buffer has stays"
+        assert mapping(first.address, "Rss") <= (34 << 20) + HUGE, "what none has goes back"
+        outside = native._native.Buffer(1 << 20)
+        assert not first.address <= outside.address < first.address + (64 << 20)
+    finally:
+        begin(0, 0)
+
+
+def test_buffers_may_be_written_while_their_memory_is_made_ready():
+    begin = native._native.begin_buffers
+    try:
+        begin(64 << 20, 64 << 20)
+        buffers = [native._native.Buffer(1 << 20) for _ in range(80)]  # more than is made ready
+        for i, buffer in enumerate(buffers):
+            native.as_tensor(buffer, torch.uint8).fill_(i)
+        begin(0, 0)
+        assert all(native.as_tensor(buffer, torch.uint8).eq(i).all() for i, buffer in enumerate(buffers))
+    finally:
+        begin(0, 0)
+
+
+def test_a_plugin_begins_with_no_more_than_half_of_what_is_free(monkeypatch):
+    import quire_cpu
+
+    asked = []
+    monkeypatch.setattr(native._native, "begin_buffers", lambda *args: asked.append(args))
+    monkeypatch.setattr("quire_cpu.memory.memory", lambda: MemoryInfo(1000, 9000))
+    monkeypatch.setattr("quire_cpu.placement.place", lambda cores: Placement((), ()))
+    for weights, largest in ((300, 100), (4000, 100), (50, 100), (0, 0)):
+        quire_cpu.begin(weights, largest)
+    assert asked == [(300, 200), (500, 400), (50, 0), (0, 0)]
+    monkeypatch.setattr("quire_cpu.placement.place", lambda cores: Placement((), (0, 1)))
+    quire_cpu.begin(300, 100)
+    assert len(asked) == 4, "who touches a page first decides the node that it is on"
 
 
 @pytest.mark.parametrize(("n", "k"), [(50, 24), (33, 37), (1, 1), (300, 129)])

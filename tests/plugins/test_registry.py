@@ -209,6 +209,31 @@ def test_auto_takes_the_highest_priority_and_never_a_negative_one(plugin):
         only.choose("auto")
 
 
+def test_a_device_is_told_of_a_model_before_it_is_made(plugin, caplog):
+    told = []
+
+    def fails(weights, largest):
+        raise OSError("no memory")
+
+    @hookimpl
+    def quire_register_backends(register):
+        register("alpha", Sound, lambda *sizes: told.append(("alpha", *sizes)))
+        register("beta", Sound)
+        register("gamma", Sound, begin=fails)
+
+    one = [plugin("one", quire_register_backends=quire_register_backends)]
+    registry = plugins.load(found=one)
+    for name in ("alpha", "beta", "auto", "unknown"):
+        registry.begin(name, 300, 100)
+    assert told == [("alpha", 300, 100)] * 2
+    assert "begin() of 'gamma' failed: OSError: no memory" in caplog.text
+    several = plugins.load(found=[*one, plugin("two", **backends(delta=Sound))])
+    several.begin("auto", 300, 100)
+    assert len(told) == 2, "the model may be on another plugin's device"
+    several.begin("alpha", 0, 0)
+    assert told[-1] == ("alpha", 0, 0)
+
+
 def test_an_unknown_device_lists_what_there_is_and_what_was_refused(plugin):
     broken = EntryPoint(name="broken", value="quire_no_such_module", group="quire")
     registry = plugins.load(found=[broken, plugin("ok", **backends(alpha=Sound))])

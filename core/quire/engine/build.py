@@ -70,12 +70,19 @@ class Survey:
         return replace(plan, device=self.device)
 
 
-def survey(config: EngineConfig, registry: Registry) -> Survey:
-    """Open the device and read the checkpoint's headers. Raises UserError subclasses."""
+def survey(config: EngineConfig, registry: Registry, begin: bool = False) -> Survey:
+    """Open the device and read the checkpoint's headers. ``begin``: the model is going to be loaded, and the device may
+    start with what takes long. Raises UserError subclasses."""
     folder = resolve_model(config.model, registry.checkpoints, config.revision)
     hf_config = read_config(folder, dict(config.hf_overrides))
     family = find_family(registry.models, hf_config)
     spec = family.spec(hf_config)
+    maps = family.weights(hf_config)
+    if begin:
+        likely = stored_dtype(hf_config) if config.dtype == "auto" else config.dtype
+        if likely in ("bfloat16", "float16", "float32") and config.quantization in (None, *FORMATS):
+            held = weight_bytes(maps, likely, config.quantization, spec.tied_embeddings, ("dense", *FORMATS))
+            registry.begin(config.device, held, max(weight_bytes([weight], likely) for weight in maps))
     backend = registry.choose(config.device)
     device = _open(backend, config)
     dtype = choose_dtype(config.dtype, hf_config, backend)
@@ -87,7 +94,6 @@ def survey(config: EngineConfig, registry: Registry) -> Survey:
             f"max_model_len = {config.scheduler.max_model_len}: this model knows {spec.max_positions} positions"
         )
     kv = kv_spec(spec, kv_dtype, config.cache.block_size, config.scheduler.max_model_len or None)
-    maps = family.weights(hf_config)
     weights = weight_bytes(maps, dtype, config.quantization, spec.tied_embeddings, backend.capabilities.embed_formats)
     page_bytes = tuple(backend.page_bytes(group) for group in kv.groups)
     memory = backend.memory(config.device_index)
@@ -96,7 +102,14 @@ def survey(config: EngineConfig, registry: Registry) -> Survey:
 
 def build_engine(config: EngineConfig, registry: Registry | None = None) -> Engine:
     """Load the model on the device. Raises UserError subclasses, before loading whatever can be known before."""
-    found = survey(config, registry or load(config.plugins))
+    registry = registry or load(config.plugins)
+    try:
+        return _build(config, survey(config, registry, begin=True))
+    finally:
+        registry.begin(config.device, 0, 0)
+
+
+def _build(config: EngineConfig, found: Survey) -> Engine:
     spec, backend, dtype, kv, maps = found.spec, found.backend, found.dtype, found.kv, found.maps
     memory = found.plan(config)
     from quire.engine.runner import Runner
@@ -193,8 +206,12 @@ def choose_dtype(wanted: str, hf_config: dict, backend: Backend) -> str:
                 [f"--dtype {d}" for d in sorted(available)],
             )
         return wanted
-    stored = str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    return next(d for d in (stored, "bfloat16", "float32", *sorted(available)) if d in available)
+    return next(d for d in (stored_dtype(hf_config), "bfloat16", "float32", *sorted(available)) if d in available)
+
+
+def stored_dtype(hf_config: dict) -> str:
+    """What the checkpoint says that it is stored in."""
+    return str(hf_config.get("dtype") or hf_config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
 
 
 def _check_quantization(backend: Backend, wanted: str | None) -> None:

@@ -12,6 +12,7 @@ import gc
 import importlib
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -213,8 +214,9 @@ def watch_parent() -> None:
 def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when the engine ends
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for module in HEAVY:  # before there is anything to do: a spare process waits here, with a second's work done
-        importlib.import_module(module)
+    if not select.select([sys.stdin], [], [], 0)[0]:
+        for module in HEAVY:  # nothing to do yet: a spare process waits with a second's work done
+            importlib.import_module(module)
     try:
         launch = read_launch()
     except (EOFError, msgspec.DecodeError):

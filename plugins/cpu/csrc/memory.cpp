@@ -6,10 +6,13 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <new>
+#include <thread>
 
 namespace quire {
 
@@ -53,6 +56,8 @@ struct Chunk {
 Buffer::Buffer(size_t bytes, bool spread) : chunk_(std::make_shared<Chunk>(bytes, spread)), size_(bytes) {
     address_ = reinterpret_cast<uintptr_t>(chunk_->base);
 }
+
+void begin_buffers(size_t, size_t) {}
 #else
 namespace {
 
@@ -100,10 +105,85 @@ struct Chunk {
     uintptr_t start;
 };
 
+namespace {
+
+// Memory for buffers to come, and the thread that touches it before they are there.
+class Ahead {
+public:
+    ~Ahead() { end(); }
+
+    void begin(size_t bytes, size_t lead) {
+        std::lock_guard<std::mutex> one(callers_);
+        end();
+        if (bytes == 0) return;
+        std::lock_guard<std::mutex> lock(mutex_);
+        chunk_ = std::make_shared<Chunk>(bytes, false);
+        stop_ = false;
+        lead_ = allowed_ = lead;
+        thread_ = std::thread([this, chunk = chunk_] { touch(*chunk); });
+    }
+
+    // The mapping, with `room` bytes at `address`; null if they are not there.
+    std::shared_ptr<Chunk> take(size_t room, uintptr_t& address) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!chunk_ || chunk_->size - chunk_->used < room) return nullptr;
+        allowed_ = lead_ + chunk_->used;
+        wake_.notify_one();
+        address = chunk_->start + chunk_->used;
+        chunk_->used += room;
+        return chunk_;
+    }
+
+private:
+    void touch(const Chunk& chunk) {
+        for (size_t at = 0; at < chunk.size; at += huge_page) {
+            {
+                std::unique_lock<std::mutex> lock(mutex_);
+                wake_.wait(lock, [&] { return stop_ || at < allowed_; });
+                if (stop_) return;
+            }
+            // Reads and writes in one, and changes nothing: a buffer may be there, and be written, already.
+            for (size_t page = at; page < at + huge_page; page += alignment)
+                __atomic_fetch_or(reinterpret_cast<char*>(chunk.start + page), 0, __ATOMIC_RELAXED);
+        }
+    }
+
+    void end() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            stop_ = true;
+            wake_.notify_one();
+        }
+        if (thread_.joinable()) thread_.join();
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!chunk_) return;
+        const size_t used = round_up(chunk_->used, huge_page);
+        if (used < chunk_->size) madvise(reinterpret_cast<void*>(chunk_->start + used), chunk_->size - used, MADV_DONTNEED);
+        chunk_.reset();
+    }
+
+    std::mutex callers_, mutex_;
+    std::condition_variable wake_;
+    std::shared_ptr<Chunk> chunk_;
+    std::thread thread_;
+    size_t lead_ = 0, allowed_ = 0;
+    bool stop_ = false;
+};
+
+Ahead ahead;
+
+}  // namespace
+
+void begin_buffers(size_t bytes, size_t lead) { ahead.begin(bytes, lead); }
+
 Buffer::Buffer(size_t bytes, bool spread) : size_(bytes) {
     static std::mutex mutex;
     static std::weak_ptr<Chunk> filling;  // weak: the pieces alone keep a mapping
     const size_t room = round_up(bytes ? bytes : 1, alignment);
+    if (!spread) {
+        chunk_ = ahead.take(room, address_);
+        if (chunk_) return;
+    }
     if (spread || room >= chunk_bytes / 2) {
         chunk_ = std::make_shared<Chunk>(room, spread);
         address_ = chunk_->start;

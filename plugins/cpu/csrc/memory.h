@@ -27,6 +27,11 @@ private:
     size_t size_ = 0;
 };
 
+// Has the memory of the next `bytes` of buffers (those that are not spread) made ready by a thread: fresh pages cost
+// clearing, and that can go on while the caller is at something else. The thread is at most `lead` bytes ahead of the
+// buffers that were there when the last one came. What no buffer took goes back with the next call; `bytes` may be 0.
+void begin_buffers(size_t bytes, size_t lead);
+
 // The memory nodes (of a machine with several) that new buffers use: one, or, for those that are spread, all of them in
 // turns. A preference, as with huge pages: a full node leaves its part to the others. Empty: as the system does it.
 void set_nodes(const std::vector<int>& nodes);

@@ -256,6 +256,9 @@ NB_MODULE(_native, m) {
     m.def("set_isa", &set_isa, "name"_a);
     m.def("threads", [] { return current_pool()->size(); });
     m.def("set_threads", &set_threads, "threads"_a, "cores"_a, "spin_us"_a, Unlocked());
+    m.def("begin_buffers", &begin_buffers, "bytes"_a, "lead"_a, nb::call_guard<nb::gil_scoped_release>(),
+          "Have a thread make memory ready for the next ``bytes`` of buffers, up to ``lead`` ahead of those before the last. "
+          "What is left of it goes back with the next call.");
     m.def("set_nodes", &set_nodes, "nodes"_a, "The memory nodes that new buffers use; none: as the system does it.");
     nb::class_<Buffer>(m, "Buffer", "Memory for weights and KV pages: zero until touched, huge pages where allowed.")
         .def(nb::init<size_t, bool>(), "bytes"_a, "spread"_a = false)

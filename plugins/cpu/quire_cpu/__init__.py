@@ -31,7 +31,26 @@ def make() -> Backend:
     return NativeCpuBackend()
 
 
+def begin(weights: int, largest: int) -> None:
+    """Have memory for a model's weights made ready while torch is imported: clearing a gigabyte takes as long.
+
+    The thread stays ``largest`` bytes back, so that a weight on its way has room and the peak is no higher. Not on a
+    machine with several memory nodes, where the threads that will use a page should touch it first.
+    """
+    try:
+        from quire_cpu import _native
+    except ImportError:
+        return
+    from quire_cpu.memory import cores, memory
+    from quire_cpu.placement import place
+
+    if place(cores()).nodes:
+        return
+    bytes = min(weights, memory().free // 2)  # a model that does not fit is refused later, by name
+    _native.begin_buffers(bytes, max(0, bytes - largest))
+
+
 @hookimpl
-def quire_register_backends(register: Callable[[str, Callable[[], Backend]], None]) -> None:
-    register("cpu", make)
+def quire_register_backends(register: Callable[..., None]) -> None:
+    register("cpu", make, begin)
     register("cpu-torch", make_torch)
