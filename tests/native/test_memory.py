@@ -41,9 +41,18 @@ def test_kv_pages_take_memory_when_they_are_first_written(kind):
     address = kv.buffers[0].address
     assert mapping(address, "Size") >= 255 << 20
     assert mapping(address, "Rss") == 0, "nothing was written yet"
-    kv.pool(0)[1, 2, pages // 2].fill_(1)
+    pool = kv.pool(0)
+    pool[len(pool) // 2, 3, 5].fill_(1)
     assert 0 < mapping(address, "Rss") <= 2 * HUGE
-    assert not kv.pool(0)[0, 2, pages // 2].any(), "what was not written is zero"
+    assert not pool[len(pool) // 2, 2, 5].any(), "what was not written is zero"
+
+
+@mapped
+def test_the_first_tokens_take_memory_for_a_few_pages_of_all_layers_not_for_a_part_of_each_layers():
+    group = KVGroupSpec(tuple(range(32)), 8, 128, "bfloat16", 16)  # as a model of 8B parameters has them
+    kv = allocate_kv(KVSpec((group,)), ((8 << 30) // page_bytes(group),))
+    kv.pool(0)[0].fill_(1)
+    assert mapping(kv.buffers[0].address, "Rss") == 16 * page_bytes(group) == 32 << 20
 
 
 @mapped

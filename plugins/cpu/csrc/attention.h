@@ -26,11 +26,14 @@ constexpr int key_tile = 256;
 enum class KVType : int { f32 = 0, bf16 = 1, f16 = 2, s8 = 3 };
 QUIRE_CONST int kv_bytes(KVType t) { return t == KVType::f32 ? 4 : t == KVType::s8 ? 1 : 2; }
 
-// Shape of the pool of a KV group, of one layer. Bytes.
+constexpr int extent_pages = 16;
+
+// Shape of the pool of a KV group: [extents][layers][KV heads][pages of the extent][keys of the page's blocks, then values].
+// Memory is taken for a few extents when the first tokens come, not for a part of every layer's own pool, and yet a head's
+// pages follow each other as far as their numbers do. Bytes.
 struct KVLayout {
     KVType type;
-    int kv_heads, head_dim, page_size;
-    int64_t pages;
+    int layers, kv_heads, head_dim, page_size;
 
     QUIRE_CONST int per_step() const { return 4 / kv_bytes(type); }
     QUIRE_CONST int64_t scale_bytes() const { return type == KVType::s8 ? key_block * 4 : 0; }
@@ -42,13 +45,18 @@ struct KVLayout {
     QUIRE_CONST int64_t value_block_bytes() const { return value_data_bytes() + scale_bytes(); }
     QUIRE_CONST int64_t values_offset() const { return page_size / key_block * key_block_bytes(); }
     QUIRE_CONST int64_t head_page_bytes() const { return page_size / key_block * (key_block_bytes() + value_block_bytes()); }
-    QUIRE_CONST int64_t head_bytes() const { return pages * head_page_bytes(); }
-    QUIRE_CONST int64_t page_bytes() const { return kv_heads * head_page_bytes(); }
+    QUIRE_CONST int64_t head_bytes() const { return extent_pages * head_page_bytes(); }
+    QUIRE_CONST int64_t layer_bytes() const { return kv_heads * head_bytes(); }
+    QUIRE_CONST int64_t extent_bytes() const { return layers * layer_bytes(); }
+    // Where a page is, from where its layer and head are in extent 0.
+    QUIRE_CONST int64_t offset(int64_t page) const {
+        return page / extent_pages * extent_bytes() + page % extent_pages * head_page_bytes();
+    }
 };
 
 struct WriteKVArgs {
     KVLayout layout;
-    char* pool;            // of one layer
+    char* pool;            // where the layer is in extent 0
     const int64_t* slots;  // [tokens], each below slot_count
     int64_t slot_count;
     Matrix k, v;           // rows of tokens, kv_heads * head_dim wide
@@ -58,7 +66,7 @@ struct AttentionTask;
 
 struct AttentionArgs {
     KVLayout layout;
-    const char* pool;  // of one layer
+    const char* pool;  // where the layer is in extent 0
     const int32_t* block_tables;
     int64_t block_table_stride;
     const int32_t* query_start;   // [sequences + 1]

@@ -89,11 +89,13 @@ void bind_quant(nb::module_& m) {
 void bind_attention(nb::module_& m) {
     nb::class_<KVLayout>(m, "KVLayout", "Shape of the pages of a KV group.")
         .def("__init__",
-             [](KVLayout* self, int type, int kv_heads, int head_dim, int page_size, int64_t pages) {
-                 new (self) KVLayout{KVType(type), kv_heads, head_dim, page_size, pages};
+             [](KVLayout* self, int type, int layers, int kv_heads, int head_dim, int page_size) {
+                 new (self) KVLayout{KVType(type), layers, kv_heads, head_dim, page_size};
              },
-             "type"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a, "pages"_a)
-        .def_prop_ro("page_bytes", &KVLayout::page_bytes);
+             "type"_a, "layers"_a, "kv_heads"_a, "head_dim"_a, "page_size"_a)
+        .def_prop_ro("layer_bytes", &KVLayout::layer_bytes)
+        .def_prop_ro("extent_bytes", &KVLayout::extent_bytes)
+        .def_ro_static("extent_pages", &extent_pages);
     nb::class_<AttentionPlan>(m, "AttentionPlan", "The sequences of a step, and how layers share their work.")
         .def(nb::init<>())
         .def("update",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ KV_DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 
 @dataclass
 class PagedKV:
-    """One pool a group, [layers in group, KV heads, pages, bytes of a page, layer and head]."""
+    """One pool a group, of extents of pages (csrc/attention.h)."""
 
     spec: KVSpec
     layouts: list[_native.KVLayout]
@@ -29,21 +30,22 @@ class PagedKV:
     place: dict[int, tuple[int, int]]  # layer: (group, index in the group's pool)
 
     def pool(self, group: int) -> Tensor:
-        """uint8 [layers in group, KV heads, pages, bytes]; a view, valid as long as this object."""
-        layers, pages, heads = len(self.spec.groups[group].layers), self.pages[group], self.spec.groups[group].kv_heads
-        size = layers * pages * self.layouts[group].page_bytes
-        return as_tensor(self.buffers[group], torch.uint8)[:size].view(layers, heads, pages, -1)
+        """uint8 [extents, layers in group * KV heads, pages of an extent, bytes]; a view, valid as long as this object."""
+        layout, spec = self.layouts[group], self.spec.groups[group]
+        extents, heads = -(-self.pages[group] // layout.extent_pages), len(spec.layers) * spec.kv_heads
+        flat = as_tensor(self.buffers[group], torch.uint8)[: extents * layout.extent_bytes]
+        return flat.view(extents, heads, layout.extent_pages, -1)
 
     def address(self, layer: int) -> tuple[int, int]:
-        """(group, address of the layer's pages)."""
+        """(group, address of the layer in extent 0)."""
         group, index = self.place[layer]
-        return group, self.buffers[group].address + index * self.pages[group] * self.layouts[group].page_bytes
+        return group, self.buffers[group].address + index * self.layouts[group].layer_bytes
 
     def slots(self, group: int) -> int:
         return self.pages[group] * self.spec.groups[group].page_size
 
 
-def _layout(group: KVGroupSpec, pages: int) -> _native.KVLayout:
+def _layout(group: KVGroupSpec) -> _native.KVLayout:
     if group.page_size < KEY_BLOCK or group.page_size % KEY_BLOCK:
         raise ValueError(f"page_size is {group.page_size}, but native pages hold a multiple of {KEY_BLOCK} tokens")
     if group.latent:
@@ -52,20 +54,22 @@ def _layout(group: KVGroupSpec, pages: int) -> _native.KVLayout:
         raise ValueError(f"head_dim is {group.head_dim}, but the native kernels take at most 256")
     if group.dtype not in KV_DTYPES:
         raise ValueError(f"the KV dtype is {group.dtype}, but the native kernels take {', '.join(KV_DTYPES)}")
-    return _native.KVLayout(KV_DTYPES[group.dtype], group.kv_heads, group.head_dim, group.page_size, pages)
+    return _native.KVLayout(KV_DTYPES[group.dtype], len(group.layers), group.kv_heads, group.head_dim, group.page_size)
 
 
 def page_bytes(group: KVGroupSpec) -> int:
     """Bytes of one page over all layers of the group: channels of values are padded to a multiple of 16."""
-    return len(group.layers) * _layout(group, 1).page_bytes
+    layout = _layout(group)
+    return layout.extent_bytes // layout.extent_pages
 
 
 def allocate_kv(spec: KVSpec, pages: Sequence[int]) -> PagedKV:
     """Pools of ``pages[g]`` pages; memory is taken when a page is first written."""
     if len(pages) != len(spec.groups):
         raise ValueError(f"pages has {len(pages)} entries, but there are {len(spec.groups)} KV groups")
-    layouts = [_layout(group, count) for group, count in zip(spec.groups, pages, strict=True)]
-    buffers = [_native.Buffer(count * page_bytes(group), True) for group, count in zip(spec.groups, pages, strict=True)]
+    layouts = [_layout(group) for group in spec.groups]
+    extents = [-(-count // layout.extent_pages) for layout, count in zip(layouts, pages, strict=True)]
+    buffers = [_native.Buffer(n * layout.extent_bytes, True) for layout, n in zip(layouts, extents, strict=True)]
     place = {layer: (g, i) for g, group in enumerate(spec.groups) for i, layer in enumerate(group.layers)}
     return PagedKV(spec, layouts, buffers, list(pages), place)
 
@@ -88,8 +92,9 @@ def write_kv(kv: PagedKV, layer: int, k: Tensor, v: Tensor, batch: AttentionBatc
 def copy_pages(source: PagedKV, target: PagedKV, group: int, pairs: Sequence[tuple[int, int]]) -> None:
     """Copy page a of ``source`` to page b of ``target`` for each (a, b), all layers; all reads come before writes."""
     if pairs:
-        a, b = torch.tensor(pairs, dtype=torch.int64).unbind(1)
-        target.pool(group).index_copy_(2, b, source.pool(group).index_select(2, a))
+        extents, pages = np.divmod(np.array(pairs), source.layouts[group].extent_pages)
+        copied = source.pool(group)[extents[:, 0], :, pages[:, 0]]
+        target.pool(group)[extents[:, 1], :, pages[:, 1]] = copied
 
 
 def prepare_qkv(

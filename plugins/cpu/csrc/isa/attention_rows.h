@@ -28,6 +28,7 @@ public:
         walk.table_ = a.block_tables + task.sequence * a.block_table_stride;
         walk.pool_ = a.pool + task.head * l.head_bytes();
         walk.page_bytes_ = l.head_page_bytes();
+        walk.extent_bytes_ = l.extent_bytes();
         walk.key_bytes_ = l.key_block_bytes();
         walk.value_bytes_ = l.value_block_bytes();
         walk.values_offset_ = l.values_offset();
@@ -47,11 +48,14 @@ public:
     }
 
 private:
-    const char* head() const { return pool_ + table_[page_] * page_bytes_; }
+    const char* head() const {
+        const uint32_t page = uint32_t(table_[page_]);
+        return pool_ + page / extent_pages * extent_bytes_ + page % extent_pages * page_bytes_;
+    }
 
     const int32_t* table_;
     const char* pool_;
-    int64_t page_bytes_, key_bytes_, value_bytes_, values_offset_, per_page_, page_, place_;
+    int64_t page_bytes_, extent_bytes_, key_bytes_, value_bytes_, values_offset_, per_page_, page_, place_;
 };
 
 // The scales of W keys (or values) of a tile, key i the first of them.
