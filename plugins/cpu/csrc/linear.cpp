@@ -39,11 +39,6 @@ bool is_packed(const LinearCall& c, const Kernels& isa) {
     return same && c.rows == 1 && steps_of(c.k, c.type) * 4 == c.k * dtype_bytes(c.type);
 }
 
-Matrix rows_from(Matrix m, int64_t row) {
-    if (m.data) m.data = static_cast<char*>(m.data) + row * m.stride * dtype_bytes(m.type);
-    return m;
-}
-
 }  // namespace
 
 size_t packed_bytes(int64_t n, int64_t k, DType type) {

@@ -40,11 +40,6 @@ void pack_block(const QuantShape& s, const uint8_t* q, const char* scales, const
     }
 }
 
-Matrix rows_from(Matrix m, int64_t row) {
-    if (m.data) m.data = static_cast<char*>(m.data) + row * m.stride * dtype_bytes(m.type);
-    return m;
-}
-
 }  // namespace
 
 size_t packed_bytes(const QuantShape& shape) { return size_t(shape.blocks() * shape.block_bytes()); }

@@ -23,4 +23,10 @@ struct Matrix {
     int64_t stride = 0;
 };
 
+// The matrix from a row on; nothing stays nothing.
+__attribute__((always_inline)) inline Matrix rows_from(Matrix m, int64_t row) {
+    if (m.data) m.data = static_cast<char*>(m.data) + row * m.stride * dtype_bytes(m.type);
+    return m;
+}
+
 }  // namespace quire
