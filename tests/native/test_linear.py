@@ -129,3 +129,23 @@ def test_errors_name_the_field():
         native.set_isa("mmx")
     with pytest.raises(ValueError, match="threads must be between 1 and 256, got 0"):
         native.set_threads(0)
+
+
+def test_both_ways_of_fetching_weights_are_tried_and_change_no_bit():
+    """Which way is kept is the machine's business; here: that one is, for each number of rows, and that nobody sees it."""
+    weight = native.pack_linear(torch.randn(2048, 2048, generator=torch.Generator().manual_seed(1)).bfloat16())
+    small = native.pack_linear(torch.randn(64, 64).bfloat16())
+    decided = native._native.near_fetches
+    try:
+        native.set_isa(native.isa())  # forgets
+        for rows in (1, 3, 9):
+            x = torch.randn(rows, 2048, generator=torch.Generator().manual_seed(rows)).bfloat16()
+            first = native.linear(x, weight)
+            for _ in range(60):
+                native.linear(x[:, :64], small)
+            assert decided(rows) == -1, "a weight that caches hold says nothing of memory"
+            assert all(torch.equal(native.linear(x, weight), first) for _ in range(100))
+            assert decided(rows) in ((0, 1) if rows < 9 else (-1,))
+            assert torch.equal(native.linear(x, weight), first)
+    finally:
+        native.set_isa(native.isa())

@@ -1,5 +1,7 @@
 #include "dispatch.h"
 
+#include "trials.h"
+
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -78,6 +80,7 @@ void set_isa(const std::string& name) {
     for (const Kernels* table : usable()) {
         if (table->name == name) {
             in_use.store(table);
+            trials().forget();
             return;
         }
         known += (known.empty() ? "" : ", ") + std::string(table->name);

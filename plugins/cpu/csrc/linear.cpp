@@ -1,11 +1,13 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "kernels.h"
 #include "memory.h"
 #include "pool.h"
+#include "trials.h"
 
 namespace quire {
 namespace {
@@ -69,8 +71,9 @@ void linear(const LinearCall& c) {
         const int64_t row = passes.begin(pass), rows = passes.size(pass);
         const Tiles tiles = {rows, (rows + isa.max_tile_rows[type] - 1) / isa.max_tile_rows[type]};
         PackXArgs pack = {rows_from(c.x, row), tiles, c.k, steps, c.type, nullptr};
+        const Trials::Choice fetches = trials().choose(rows, int64_t(packed_bytes(c.n, c.k, c.type)));
         LinearArgs args = {c.weight, nullptr, tiles, steps, c.type, c.n, c.activation, c.bias, c.bias_type,
-                           rows_from(c.residual, row), rows_from(c.out, row)};
+                           rows_from(c.residual, row), rows_from(c.out, row), fetches.near};
         const bool ready = is_packed(c, isa), alone = workers == 1 || rows * c.k <= pack_alone;
         if (ready) {
             args.x = static_cast<const char*>(c.x.data);
@@ -87,6 +90,7 @@ void linear(const LinearCall& c) {
         const int64_t together = steps > 2 * panel_steps ? std::min(shared_sums / group_sums, groups / (2 * workers)) : 1;
         const int64_t chunk = std::max<int64_t>(together, 1), chunks = (groups + chunk - 1) / chunk;
         Shares packing(tiles.tiles, workers), work(chunks * parts, workers);
+        const auto start = std::chrono::steady_clock::now();
         threads.run([&](int worker) {
             if (!ready && !alone) {
                 packing.each(worker, [&](int64_t tile) { isa.pack_x(pack, tile); });
@@ -100,6 +104,8 @@ void linear(const LinearCall& c) {
                                   tiles.tiles * (part + 1) / parts, sums);
             });
         });
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+        if (fetches.timed) trials().took(rows, fetches, taken.count());
     }
 }
 

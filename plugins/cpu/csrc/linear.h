@@ -62,6 +62,7 @@ struct LinearArgs {
     DType bias_type;
     Matrix residual;        // added to the result; data null: none
     Matrix out;             // first row of the block
+    bool near;              // how a tile that streams through the weights fetches them; trials.h
 
     // Groups of results, and from a gate's group to the up rows that go with it.
     QUIRE_CONST int64_t groups() const {

@@ -18,9 +18,8 @@ constexpr int vectors_at_once(int rows) {
     return vectors;
 }
 // How far ahead of its use a single tile of `rows` rows fetches a step: both of its lines, or some processors read half as
-// fast. Zen 3 reads up to 15 % faster where the fetches are near enough to be one stream with its own prefetcher's, as
-// Xeons do, unless the lines come from two passes: then a fifth slower.
-constexpr int64_t steps_ahead(int rows) { return REGISTERS == 16 && vectors_at_once(rows) == NV ? 12 : 64; }
+// fast. Lines that come in two passes over the weights have to be asked for early.
+constexpr int64_t steps_ahead(int rows, bool near) { return near && vectors_at_once(rows) == NV ? 12 : 64; }
 constexpr int64_t pass_steps = 64;  // 8 KB of weights: what the passes over a group's vectors find in the first cache
 
 // acc[ROWS][VECTORS] of [ROWS][32] (+)= w * x over `steps` steps, meanwhile fetching `ahead` onwards at `ahead_step`
@@ -88,7 +87,7 @@ template <class Dot>
 struct Product {
     static constexpr int max_rows = REGISTERS == 16 ? sums_in_registers / 2 : rows_in_registers<Dot>(NV);
 
-    static constexpr int64_t ahead(int rows) { return steps_ahead(rows); }
+    static constexpr int64_t ahead(int rows, bool near) { return steps_ahead(rows, near); }
 
     QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
                                  uintptr_t ahead, int ahead_step) {
@@ -150,7 +149,7 @@ struct Product<DotTiles> {
 
     // A tile of W reads every other line of 2 KB: its lines are asked for in order before that, not far ahead, so that
     // the hardware's prefetcher sees one stream.
-    static constexpr int64_t ahead(int) { return 12; }
+    static constexpr int64_t ahead(int, bool) { return 12; }
 
     ~Product() { _tile_release(); }
     QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
@@ -199,7 +198,7 @@ struct Task {
     // One tile streams through the weights, fetching a fixed distance ahead.
     QUIRE_MEMBER void stream() {
         // A whole number of blocks: a tile takes one at a time.
-        const int64_t ahead = smaller(a.steps, Product<Dot>::ahead(a.tiles.size(tile0)));
+        const int64_t ahead = smaller(a.steps, Product<Dot>::ahead(a.tiles.size(tile0), a.near));
         const int64_t turn = (a.steps - ahead) / step_block * step_block;
         for (int64_t group = group0; group < group1; group++) {
             for (int64_t half = 0; half < halves; half++) {
