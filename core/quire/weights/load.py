@@ -68,7 +68,7 @@ def load_weights(
         else:
             checkpoint = stack.enter_context(Checkpoint(folder))
             checkpoint.check(weights, spec.tied_embeddings)
-            read = Stored(checkpoint, torch_type)
+            read = Reader(checkpoint, torch_type)
         advance = stack.enter_context(_bar(weight_bytes(weights, dtype), progress))
         return _assemble(weights, spec, backend, read, advance, max_model_len, quantization)
 
@@ -104,7 +104,7 @@ def _assemble(
     return ModelWeights(**fields["model", -1], layers=layers)
 
 
-class Stored:
+class Reader:
     """Reads a checkpoint's weights in ``dtype``, each only until the next one is read: the device copies what it keeps. A
     checkpoint that is overwritten while it serves therefore does not reach the model.
 
