@@ -108,9 +108,11 @@ def test_moe_sums_what_each_expert_says():
         torch.testing.assert_close(ours[t], total, rtol=1e-4, atol=1e-5)
 
 
-def test_pack_weight_takes_what_is_there_and_refuses_other_formats():
+def test_pack_weight_copies_and_refuses_other_formats():
     weight = torch.randn(4, 3)
-    assert Host().pack_weight({"weight": weight}).data_ptr() == weight.data_ptr()
+    packed = Host().pack_weight({"weight": weight})
+    assert torch.equal(packed, weight)
+    assert packed.data_ptr() != weight.data_ptr()
     with pytest.raises(UnsupportedOnDevice, match=r"pack_weight is not supported on device 'host'.*'int3'"):
         Host().pack_weight({"weight": weight}, "int3")
 
