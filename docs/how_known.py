@@ -169,13 +169,11 @@ def interpreted(folder: Path, invariant: bool) -> dict[str, Any]:
 
 def backends() -> dict[str, Any]:
     """Device name to backend, of every plugin in the checkout, whether it finds its device here or not."""
-    found: dict[str, Any] = {}
+    factories: dict[str, Any] = {}
     for plugin in PLUGINS:
-        factories: dict[str, Any] = {}
-        register = lambda name, make, begin=None, into=factories: into.__setitem__(name, make)  # noqa: E731
-        importlib.import_module(f"quire_{plugin}").quire_register_backends(register)
-        found |= {name: make() for name, make in factories.items()}
-    return found
+        module = importlib.import_module(f"quire_{plugin}")
+        module.quire_register_backends(lambda name, make, begin=None: factories.update({name: make}))
+    return {name: make() for name, make in factories.items()}
 
 
 def operations() -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from quire_cpu import _native, native
 SHAPES = {"896->896": (896, 896), "896->2*4864": (9728, 896), "4864->896": (896, 4864), "896->151936": (151936, 896)}
 ROWS = (1, 2, 4, 8, 14, 16, 32, 64, 256, 1024)
 QUANTIZED = {name: (FORMATS[name].bits, FORMATS[name].group) for name in ("int8", "int4")}
+FETCHES = {0: "far", 1: "near"}  # csrc/trials.h
 CACHES = 192 << 20  # bytes of distinct weights that a round streams through
 
 
@@ -87,6 +88,9 @@ def main() -> None:
             rates = f"{size / seconds / 1e9:>6.1f} {operations / seconds / 1e9:>8.0f}"
             line = f"{name:>12} {rows:>5} {seconds * 1e6:>9.1f} {rates}"
             print(f"{line} {read / 1e9:>5.1f} {peak / 1e9:>6.0f} {share:>6.0%}", flush=True)
+    kept = {rows: FETCHES.get(_native.near_fetches(rows)) for rows in args.rows}
+    if not bits and any(kept.values()):
+        print("fetches that were kept: " + ", ".join(f"{rows} rows {way}" for rows, way in kept.items() if way))
 
 
 if __name__ == "__main__":

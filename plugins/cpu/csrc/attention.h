@@ -28,6 +28,11 @@ QUIRE_CONST int kv_bytes(KVType t) { return t == KVType::f32 ? 4 : t == KVType::
 
 constexpr int extent_pages = 16;
 
+// Where a page of a layer and head is, from where they are in extent 0.
+QUIRE_CONST int64_t page_offset(uint32_t page, int64_t extent_bytes, int64_t page_bytes) {
+    return page / extent_pages * extent_bytes + page % extent_pages * page_bytes;
+}
+
 // Shape of the pool of a KV group: [extents][layers][KV heads][pages of the extent][keys of the page's blocks, then values].
 // Memory is taken for a few extents when the first tokens come, not for a part of every layer's own pool, and yet a head's
 // pages follow each other as far as their numbers do. Bytes.
@@ -48,10 +53,6 @@ struct KVLayout {
     QUIRE_CONST int64_t head_bytes() const { return extent_pages * head_page_bytes(); }
     QUIRE_CONST int64_t layer_bytes() const { return kv_heads * head_bytes(); }
     QUIRE_CONST int64_t extent_bytes() const { return layers * layer_bytes(); }
-    // Where a page is, from where its layer and head are in extent 0.
-    QUIRE_CONST int64_t offset(int64_t page) const {
-        return page / extent_pages * extent_bytes() + page % extent_pages * head_page_bytes();
-    }
 };
 
 struct WriteKVArgs {

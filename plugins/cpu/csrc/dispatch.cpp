@@ -1,7 +1,5 @@
 #include "dispatch.h"
 
-#include "trials.h"
-
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>
@@ -13,6 +11,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+#include "trials.h"
 
 namespace quire {
 

@@ -90,7 +90,8 @@ void linear(const LinearCall& c) {
         const int64_t together = steps > 2 * panel_steps ? std::min(shared_sums / group_sums, groups / (2 * workers)) : 1;
         const int64_t chunk = std::max<int64_t>(together, 1), chunks = (groups + chunk - 1) / chunk;
         Shares packing(tiles.tiles, workers), work(chunks * parts, workers);
-        const auto start = std::chrono::steady_clock::now();
+        using Clock = std::chrono::steady_clock;
+        const Clock::time_point start = fetches.timed ? Clock::now() : Clock::time_point();
         threads.run([&](int worker) {
             if (!ready && !alone) {
                 packing.each(worker, [&](int64_t tile) { isa.pack_x(pack, tile); });
@@ -104,8 +105,7 @@ void linear(const LinearCall& c) {
                                   tiles.tiles * (part + 1) / parts, sums);
             });
         });
-        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-        if (fetches.timed) trials().took(rows, fetches, taken.count());
+        if (fetches.timed) trials().took(rows, fetches, std::chrono::duration<double>(Clock::now() - start).count());
     }
 }
 

@@ -6,7 +6,6 @@
 #include <unistd.h>
 #endif
 
-#include <algorithm>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>

@@ -1,8 +1,8 @@
 // How products of few rows fetch their weights: near ahead, in one stream with the processor's own prefetcher, or far.
 //
-// On Zen 3 near reads 8 to 15 % faster, elsewhere far may keep up better, and nothing says so beforehand. So the first
-// products of weights that no cache holds try both in turns, for each number of rows, and the median of their times
-// decides. No bit depends on it.
+// On Zen 3 near reads faster, elsewhere far may keep up better, and nothing says so beforehand. So the first products of
+// weights that no cache holds try both in turns, for each number of rows, and the median of their times decides. No bit
+// depends on it.
 #pragma once
 
 #include <atomic>

@@ -46,8 +46,8 @@ def begin(weights: int, largest: int) -> None:
 
     if place(cores()).nodes:
         return
-    bytes = min(weights, memory().free // 2)  # a model that does not fit is refused later, by name
-    _native.begin_buffers(bytes, max(0, bytes - largest))
+    ready = min(weights, memory().free // 2)  # a model that does not fit is refused later, by name
+    _native.begin_buffers(ready, max(0, ready - largest))
 
 
 @hookimpl

@@ -48,10 +48,7 @@ public:
     }
 
 private:
-    const char* head() const {
-        const uint32_t page = uint32_t(table_[page_]);
-        return pool_ + page / extent_pages * extent_bytes_ + page % extent_pages * page_bytes_;
-    }
+    const char* head() const { return pool_ + page_offset(uint32_t(table_[page_]), extent_bytes_, page_bytes_); }
 
     const int32_t* table_;
     const char* pool_;

@@ -60,7 +60,8 @@ template <class E, class T>
 void write_tokens(const WriteKVArgs& a, int64_t token0, int64_t token1) {
     const KVLayout& layout = a.layout;
     for (int64_t t = token0; t < token1; t++) {
-        char* page = a.pool + layout.offset(a.slots[t] / layout.page_size);
+        const uint32_t number = uint32_t(a.slots[t] / layout.page_size);
+        char* page = a.pool + page_offset(number, layout.extent_bytes(), layout.head_page_bytes());
         const T* k = static_cast<const T*>(a.k.data) + t * a.k.stride;
         const T* v = static_cast<const T*>(a.v.data) + t * a.v.stride;
         for (int h = 0; h < layout.kv_heads; h++, page += layout.head_bytes())

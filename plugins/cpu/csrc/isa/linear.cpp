@@ -17,9 +17,6 @@ constexpr int vectors_at_once(int rows) {
     while (REGISTERS == 16 && rows * vectors > sums_in_registers && vectors > 1) vectors /= 2;
     return vectors;
 }
-// How far ahead of its use a single tile of `rows` rows fetches a step: both of its lines, or some processors read half as
-// fast. Lines that come in two passes over the weights have to be asked for early.
-constexpr int64_t steps_ahead(int rows, bool near) { return near && vectors_at_once(rows) == NV ? 12 : 64; }
 constexpr int64_t pass_steps = 64;  // 8 KB of weights: what the passes over a group's vectors find in the first cache
 
 // acc[ROWS][VECTORS] of [ROWS][32] (+)= w * x over `steps` steps, meanwhile fetching `ahead` onwards at `ahead_step`
@@ -87,7 +84,9 @@ template <class Dot>
 struct Product {
     static constexpr int max_rows = REGISTERS == 16 ? sums_in_registers / 2 : rows_in_registers<Dot>(NV);
 
-    static constexpr int64_t ahead(int rows, bool near) { return steps_ahead(rows, near); }
+    // How many steps ahead of its use a single tile fetches both lines of a step (of one, some processors read half as fast).
+    // Lines that come in two passes over the weights have to be asked for early.
+    static constexpr int64_t ahead(int rows, bool near) { return near && vectors_at_once(rows) == NV ? 12 : 64; }
 
     QUIRE_MEMBER void operator()(int rows, const char* w, const char* x, int64_t steps, float* acc, bool first,
                                  uintptr_t ahead, int ahead_step) {
