@@ -1,6 +1,6 @@
 """Caches in 8 bits and latent attention in Triton: the bytes that are stored, cuts along the keys, fuzzed shapes.
 
-Run by test_interpreted.py in a process where Triton interprets.
+Run by test_interpreted_cases.py in a process where Triton interprets.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the conformance kit does not ask of the kernels: cuts along the keys, bits, and replayed plans.
 
-Run by test_interpreted.py in a process where Triton interprets.
+Run by test_interpreted_cases.py in a process where Triton interprets.
 """
 
 from __future__ import annotations

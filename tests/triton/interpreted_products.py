@@ -1,7 +1,7 @@
 """Products, rounded weights and mixtures of experts beyond what the conformance kit asks: shapes at random, cuts of the sums,
 bits, and the whole way from ``--quantization`` to tokens.
 
-Run by test_interpreted.py in a process where Triton interprets.
+Run by test_interpreted_cases.py in a process where Triton interprets.
 """
 
 from __future__ import annotations

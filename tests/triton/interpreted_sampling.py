@@ -1,6 +1,6 @@
 """Sampling and log-probabilities in Triton against the definition: fuzzed, and where a row is read as often as it takes.
 
-Run by test_interpreted.py in a process where Triton interprets. A token's weight may differ by a rounding of exp, so that
+Run by test_interpreted_cases.py in a process where Triton interprets. A token's weight may differ by a rounding of exp, so that
 one draw in ten million could differ; the cases are fixed, and none does.
 """
 
