@@ -88,8 +88,8 @@ def main() -> None:
             rates = f"{size / seconds / 1e9:>6.1f} {operations / seconds / 1e9:>8.0f}"
             line = f"{name:>12} {rows:>5} {seconds * 1e6:>9.1f} {rates}"
             print(f"{line} {read / 1e9:>5.1f} {peak / 1e9:>6.0f} {share:>6.0%}", flush=True)
-    kept = {rows: FETCHES.get(_native.near_fetches(rows)) for rows in args.rows}
-    if not bits and any(kept.values()):
+    kept = {rows: FETCHES.get(_native.near_fetches(rows, bits or 16)) for rows in args.rows}
+    if any(kept.values()):
         print("fetches that were kept: " + ", ".join(f"{rows} rows {way}" for rows, way in kept.items() if way))
 
 

@@ -131,11 +131,15 @@ def test_errors_name_the_field():
         native.set_threads(0)
 
 
-def test_both_ways_of_fetching_weights_are_tried_and_change_no_bit():
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_both_ways_of_fetching_weights_are_tried_and_change_no_bit(bits):
     """Which way is kept is the machine's business; here: that one is, for each number of rows, and that nobody sees it."""
-    weight = native.pack_linear(torch.randn(2048, 2048, generator=torch.Generator().manual_seed(1)).bfloat16())
-    small = native.pack_linear(torch.randn(64, 64).bfloat16())
-    decided = native._native.near_fetches
+
+    def pack(n: int, k: int):
+        raw = torch.randn(n, k, generator=torch.Generator().manual_seed(1)).bfloat16()
+        return native.pack_linear(raw) if bits == 16 else native.pack_quantized(raw, bits, 128 if bits == 8 else 32)
+
+    weight, small = pack(4096, 2048), pack(64, 64)
     try:
         native.set_isa(native.isa())  # forgets
         for rows in (1, 3, 9):
@@ -143,9 +147,10 @@ def test_both_ways_of_fetching_weights_are_tried_and_change_no_bit():
             first = native.linear(x, weight)
             for _ in range(60):
                 native.linear(x[:, :64], small)
-            assert decided(rows) == -1, "a weight that caches hold says nothing of memory"
+            assert native._native.near_fetches(rows, bits) == -1, "a weight that caches hold says nothing of memory"
             assert all(torch.equal(native.linear(x, weight), first) for _ in range(100))
-            assert decided(rows) in ((0, 1) if rows < 9 else (-1,))
+            assert native._native.near_fetches(rows, bits) in ((0, 1) if rows < 9 else (-1,))
             assert torch.equal(native.linear(x, weight), first)
+        assert all(native._native.near_fetches(1, other) == -1 for other in {4, 8, 16} - {bits})
     finally:
         native.set_isa(native.isa())

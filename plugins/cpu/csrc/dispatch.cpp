@@ -80,7 +80,7 @@ void set_isa(const std::string& name) {
     for (const Kernels* table : usable()) {
         if (table->name == name) {
             in_use.store(table);
-            trials().forget();
+            forget_trials();
             return;
         }
         known += (known.empty() ? "" : ", ") + std::string(table->name);

@@ -1,7 +1,6 @@
 #include "linear.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 
 #include "kernels.h"
@@ -71,9 +70,9 @@ void linear(const LinearCall& c) {
         const int64_t row = passes.begin(pass), rows = passes.size(pass);
         const Tiles tiles = {rows, (rows + isa.max_tile_rows[type] - 1) / isa.max_tile_rows[type]};
         PackXArgs pack = {rows_from(c.x, row), tiles, c.k, steps, c.type, nullptr};
-        const Trials::Choice fetches = trials().choose(rows, int64_t(packed_bytes(c.n, c.k, c.type)));
+        const Fetching fetching(trials(16), rows, int64_t(packed_bytes(c.n, c.k, c.type)));
         LinearArgs args = {c.weight, nullptr, tiles, steps, c.type, c.n, c.activation, c.bias, c.bias_type,
-                           rows_from(c.residual, row), rows_from(c.out, row), fetches.near};
+                           rows_from(c.residual, row), rows_from(c.out, row), fetching.near()};
         const bool ready = is_packed(c, isa), alone = workers == 1 || rows * c.k <= pack_alone;
         if (ready) {
             args.x = static_cast<const char*>(c.x.data);
@@ -90,8 +89,6 @@ void linear(const LinearCall& c) {
         const int64_t together = steps > 2 * panel_steps ? std::min(shared_sums / group_sums, groups / (2 * workers)) : 1;
         const int64_t chunk = std::max<int64_t>(together, 1), chunks = (groups + chunk - 1) / chunk;
         Shares packing(tiles.tiles, workers), work(chunks * parts, workers);
-        using Clock = std::chrono::steady_clock;
-        const Clock::time_point start = fetches.timed ? Clock::now() : Clock::time_point();
         threads.run([&](int worker) {
             if (!ready && !alone) {
                 packing.each(worker, [&](int64_t tile) { isa.pack_x(pack, tile); });
@@ -105,7 +102,6 @@ void linear(const LinearCall& c) {
                                   tiles.tiles * (part + 1) / parts, sums);
             });
         });
-        if (fetches.timed) trials().took(rows, fetches, std::chrono::duration<double>(Clock::now() - start).count());
     }
 }
 

@@ -259,8 +259,8 @@ NB_MODULE(_native, m) {
     m.def("set_isa", &set_isa, "name"_a);
     m.def("threads", [] { return current_pool()->size(); });
     m.def("set_threads", &set_threads, "threads"_a, "cores"_a, "spin_us"_a, Unlocked());
-    m.def("near_fetches", [](int64_t rows) { return trials().decided(rows); }, "rows"_a,
-          "Whether products of so many rows fetch their weights near ahead: 1, 0, or -1 while that is being tried.");
+    m.def("near_fetches", [](int64_t rows, int bits) { return trials(bits).decided(rows); }, "rows"_a, "bits"_a,
+          "Whether products of so many rows fetch weights of 4, 8 or 16 bits near ahead: 1, 0, or -1 while both are tried.");
     m.def("begin_buffers", &begin_buffers, "bytes"_a, "lead"_a, nb::call_guard<nb::gil_scoped_release>(),
           "Have a thread make memory ready for the next ``bytes`` of buffers, up to ``lead`` ahead of those before the last. "
           "What is left of it goes back with the next call.");

@@ -7,6 +7,7 @@
 #include "kernels.h"
 #include "memory.h"
 #include "pool.h"
+#include "trials.h"
 
 namespace quire {
 namespace {
@@ -75,9 +76,11 @@ void linear(const QuantCall& c) {
     for (int64_t pass = 0; pass < passes.tiles; pass++) {
         const int64_t row = passes.begin(pass), rows = passes.size(pass);
         const Tiles tiles = {rows, (rows + isa.quant_tile_rows - 1) / isa.quant_tile_rows};
+        const Fetching fetching(trials(s.bits), rows, int64_t(packed_bytes(s)));
         const QuantXArgs pack = {rows_from(c.x, row), tiles, s,
                                  static_cast<char*>(packed.reserve(size_t(rows * row_bytes)))};
         QuantArgs args = {s, c.weight, pack.packed, tiles, {}};
+        args.results.near = fetching.near();
         args.results.n = s.n;
         args.results.activation = c.activation;
         args.results.bias = c.bias;

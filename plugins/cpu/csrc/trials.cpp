@@ -40,9 +40,13 @@ void Trials::forget() {
     }
 }
 
-Trials& trials() {
-    static Trials all;
-    return all;
+Trials& trials(int bits) {
+    static Trials all[3];
+    return all[bits == 4 ? 0 : bits == 8 ? 1 : 2];
+}
+
+void forget_trials() {
+    for (const int bits : {4, 8, 16}) trials(bits).forget();
 }
 
 }  // namespace quire

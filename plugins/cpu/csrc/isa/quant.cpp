@@ -15,12 +15,8 @@ constexpr int x_step = columns_per_step * x_integer_bytes;  // bytes of a step o
 // The integer sums, the operands of two steps (4 bits) and a broadcast have to fit in the registers.
 constexpr int max_rows = REGISTERS == 32 ? (x_integer_bytes == 1 ? (32 - 2 * NV - 1) / NV : 10) : W == 8 ? 4 : 1;
 constexpr int64_t panel_bytes = 32 << 10;  // of weights: what several tiles of x share before moving on
-// What a single tile fetches ahead, in bytes: both lines of a step, or some processors' own prefetchers fall behind.
-#if defined(__AMX_INT8__)
-constexpr int64_t bytes_ahead = 1024;
-#else
-constexpr int64_t bytes_ahead = 4096;
-#endif
+// How far ahead a single tile fetches every line, in bytes (trials.h).
+constexpr int64_t near_ahead = 512, far_ahead = 8192;
 
 // Bytes of a group of a tile of x.
 QUIRE_INLINE int64_t x_group_bytes(const QuantShape& s, int rows) {
@@ -46,6 +42,10 @@ void multiply(const QuantShape& shape, const char* w, const char* x, int64_t gro
         const char *header = w, *x_header = x;
         w += shape.header_bytes();
         x += ROWS * 8;
+        if (ahead_step == step_bytes) {  // a tile alone: without the line of scales, far fetches wait for each group's
+            for (int64_t i = 0; i < shape.header_bytes(); i += 64) prefetch_l2(ahead + uintptr_t(i));
+            ahead += uintptr_t(shape.header_bytes());
+        }
         VRaw total[ROWS][NV];
 #pragma GCC unroll 32
         for (int r = 0; r < ROWS; r++) {
@@ -124,16 +124,18 @@ QUIRE_INLINE void sums_of(const QuantArgs& a, int64_t block, int64_t tile0, int6
     const QuantShape& s = a.shape;
     const char* w = a.weight + block * s.block_bytes();
     const int64_t groups = s.groups(), count = tile1 - tile0, row0 = a.tiles.begin(tile0);
-    // As in linear: one tile fetches a fixed distance ahead; several share a panel, and fetch the next one together.
+    // As in linear: one tile fetches a fixed distance ahead; several share a panel, and fetch the next one together. The
+    // last groups of a block fetch the next one's first.
     const int64_t panels = (groups * s.group_bytes() + panel_bytes - 1) / panel_bytes;
     const int64_t panel = (groups + panels - 1) / panels;
-    const int64_t ahead = smaller(groups, (bytes_ahead + s.group_bytes() - 1) / s.group_bytes());
+    const int64_t last = smaller(groups, ((a.results.near ? near_ahead : far_ahead) + s.group_bytes() - 1) / s.group_bytes());
+    const int64_t ahead = a.results.near ? near_ahead : last * s.group_bytes();
     const int64_t group_steps = s.group * s.bits / 32;  // of the inner loop, each of step_bytes
-    const int64_t ahead_step = (s.group_bytes() + group_steps * count - 1) / (group_steps * count);
+    const int64_t ahead_step = count > 1 ? (s.group_bytes() + group_steps * count - 1) / (group_steps * count) : step_bytes;
     for (int64_t g = 0, end; g < groups; g = end) {
         if (count > 1) end = smaller(groups, g + panel);
-        else end = g < groups - ahead ? groups - ahead : groups;
-        const char* next = end == groups ? after : w + (count > 1 ? end : g + ahead) * s.group_bytes();
+        else end = g < groups - last ? groups - last : groups;
+        const char* next = end == groups ? after : w + (count > 1 ? end * s.group_bytes() : ahead);
         for (int64_t t = tile0; t < tile1; t++) {
             const int rows = a.tiles.size(t);
             const int64_t row = a.tiles.begin(t);
