@@ -2,7 +2,7 @@
 
     python bench/cpu_table.py prepare --envs DIR     checkpoints, and each peer's form of them, in DIR/models
     python bench/cpu_table.py run [PIECE ...] --envs DIR
-    python bench/cpu_table.py merge                  bench/results/cpu-table.json, and the table as Markdown
+    python bench/cpu_table.py merge                  bench/results/cpu-table.json, and the documents' tables from it
     python bench/cpu_table.py all --envs DIR         the three, in order
 
 DIR has an environment for each peer: ov (openvino-genai, optimum-intel[openvino], gguf), lc (llama-cpp-python, numpy) and
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,15 @@ from peer import Peer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+PAGES = (HERE.parent / "docs/design/cpu-performance.md", HERE.parent / "README.md")
+# In a page, what stands between these comments: a shape's table from a file, or the ratios of every machine.
+MARKED = re.compile(r"(<!-- table: (?P<what>[^>]+?) -->\n).*?(<!-- end table -->)", re.DOTALL)
+MACHINES = {  # two cores each
+    "cpu": "AMD EPYC (Zen 5)",
+    "cpu-zen4": "AMD EPYC (Zen 4)",
+    "cpu-avx2": "AMD EPYC (Zen 3: AVX2 alone)",
+}
+TITLES = {"quire": "Quire", "openvino": "OpenVINO GenAI", "llamacpp": "llama.cpp", "vllm": "vLLM (CPU build)"}
 SHAPES = ("qwen05", "llama1b")
 FORMS = {  # of the weights: what OpenVINO's export and the GGUF file call them
     "bf16": ("fp16", "bf16"),
@@ -37,6 +47,7 @@ FORMS = {  # of the weights: what OpenVINO's export and the GGUF file call them
     "int4": ("int4", "q4_0"),
 }
 ONE, EIGHT, MANY, PREFILL = Workload(1, 32, 64), Workload(8, 32, 64), Workload(32, 128, 64), Workload(1, 1024, 1)
+TABLE = (ONE, EIGHT, MANY, PREFILL)
 AT_8K, AT_32K = Decode(1, 8192, 16), Decode(1, 32_768, 8)
 REACH = {  # tokens/s of Quire over those of the best peer
     "bf16": {ONE: 1.1, EIGHT: 1.3, MANY: 1.25, PREFILL: 1.1, AT_8K: 1.2, AT_32K: 1.2},
@@ -59,16 +70,16 @@ class Piece:
 
 def pieces() -> dict[str, Piece]:
     """By name, in the order in which they are run."""
-    usual, table = ("quire", "openvino", "llamacpp"), (ONE, EIGHT, MANY, PREFILL)
+    usual = ("quire", "openvino", "llamacpp")
     found = {}
     for shape in SHAPES:
         for weights in FORMS:
             name = f"{shape}-{weights}"
-            found[name] = Piece(shape, weights, usual, table, 4 if shape == "qwen05" else 2)
+            found[name] = Piece(shape, weights, usual, TABLE, 4 if shape == "qwen05" else 2)
             found[f"{name}-8k"] = Piece(shape, weights, ("quire", "quire-kv8", "openvino", "llamacpp"), (AT_8K,), 4)
             found[f"{name}-32k"] = Piece(shape, weights, ("quire", "quire-kv8", "openvino"), (AT_32K,), 4)
             found[f"{name}-32k-llamacpp"] = Piece(shape, weights, ("quire", "llamacpp"), (AT_32K,), 4)
-        found[f"{shape}-bf16-vllm"] = Piece(shape, "bf16", ("quire", "vllm"), table, 2)
+        found[f"{shape}-bf16-vllm"] = Piece(shape, "bf16", ("quire", "vllm"), TABLE, 2)
         found[f"{shape}-bf16-8k-vllm"] = Piece(shape, "bf16", ("quire", "vllm"), (AT_8K, AT_32K), 4)
         found[f"{shape}-bf16-start"] = Piece(shape, "bf16", usual, (), 3)
     found["qwen05-bf16-start-vllm"] = Piece("qwen05", "bf16", ("quire", "vllm"), (), 1)
@@ -167,8 +178,8 @@ def merge(folder: Path) -> dict[str, Any]:
 
 
 def ratio(values: dict[str, float | None]) -> dict[str, Any]:
-    """Quire's best form over the best of the others."""
-    ours = max((speed or 0.0 for name, speed in values.items() if name.startswith("quire")), default=0.0)
+    """Quire over the best of the others: with a cache in the model's data type, where that was measured."""
+    ours = values.get("quire") or values.get("quire-kv8")
     others = {name: speed for name, speed in values.items() if speed and not name.startswith("quire")}
     if not others or not ours:
         return {}
@@ -176,22 +187,66 @@ def ratio(values: dict[str, float | None]) -> dict[str, Any]:
     return {"best_peer": best, "ratio": ours / others[best]}
 
 
-def show(table: dict[str, Any]) -> None:
-    """The table, as Markdown."""
-    print("| shape, weights | row | tokens/s (share of the limit) | Quire / best peer | reach |\n|---|---|---|---|---|")
+def speed_cell(row: dict[str, Any], name: str) -> str:
+    speed = row["values"].get(name)
+    if speed is None:
+        return "failed" if name in row["values"] else ""
+    return f"{speed:,.{0 if speed >= 20 else 1}f}" + (f" ({speed / row['limit']:.0%})" if row.get("limit") else "")
+
+
+def as_markdown(table: dict[str, Any], shape: str, vllm: bool = False) -> str:
+    """The rows of a shape, beside vLLM or beside the others, with a ratio short of its goal in bold."""
+    others = ("vllm",) if vllm else ("openvino", "llamacpp")
+    titles = " | ".join(TITLES[name] for name in ("quire", *others))
+    lines = [f"| | {titles} | Quire / {'vLLM' if vllm else 'best peer'} | goal |", "|---" * (len(others) + 4) + "|"]
     for row in table["rows"]:
-        cells = []
-        for name, value in row["values"].items():
-            if isinstance(value, dict):
-                cells.append(f"{name} {value['above'] / 2**20:,.0f} MiB of {value['peak'] / 2**20:,.0f}")
-            elif value is None:
-                cells.append(f"{name} failed")
-            else:
-                share = f" ({value / row['limit']:.0%})" if row.get("limit") else ""
-                cells.append(f"{name} {value:,.{0 if value > 100 else 1}f}{share}")
-        judged = f"{row['ratio']:.2f}" if "ratio" in row else ""
-        reach = {None: ""}.get(row.get("reach"), f"{row.get('reach')}")
-        print(f"| {row['shape']}, {row['weights']} | {row['row']} | {'; '.join(cells)} | {judged} | {reach} |")
+        piece, values = row["piece"], row["values"]
+        if row["shape"] != shape or piece.endswith("-sweep") or ("vllm" in values) != vllm:
+            continue
+        label, goal = f"{row['weights']}, {row['row']}", "" if vllm else str(row.get("reach") or "")
+        if row["row"].startswith("memory"):
+            label = f"{row['weights']}, peak memory above weights and KV, MiB"
+            label += "".join(f", at {context}" for context in piece.split("-")[2:3] if not vllm)
+            held = {name: f"{value['above'] / 2**20:,.0f}" for name, value in values.items()}
+            cells, judged, goal = [held.get(name, "") for name in ("quire", *others)], "", "" if vllm else "the least"
+        elif row["row"].startswith("first"):
+            label = f"{row['weights']}, from command to first token, s"
+            cells, judged = [f"{values[name]:.1f}" if values.get(name) else "" for name in ("quire", *others)], ""
+            goal = f"at most {row['reach']:.0f}"
+        else:
+            cells = [speed_cell(row, name) for name in ("quire", *others)]
+            if values.get("quire-kv8"):
+                cells[0] += f"{'; ' if cells[0] else ''}{speed_cell(row, 'quire-kv8')} with an int8 cache"
+            judged = f"{row['ratio']:.2f}" if "ratio" in row else ""
+            if judged and goal and row["ratio"] < row["reach"]:
+                judged = f"**{judged}**"
+        lines.append(f"| {label} | {' | '.join(cells)} | {judged} | {goal} |")
+    return "\n".join(lines) + "\n"
+
+
+def read_table(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}-table.json").read_text(encoding="utf-8"))
+
+
+def ratios() -> str:
+    """Every machine's ratios of the 0.5B shape, as Markdown: 1, 8 and 32 requests, and a prompt."""
+    lines = [f"| | {' | '.join(FORMS)} |", "|---" * (len(FORMS) + 1) + "|"]
+    for name, machine in MACHINES.items():
+        found = {(row["piece"], row["row"]): row.get("ratio", 0.0) for row in read_table(name)["rows"]}
+        cells = [" / ".join(f"{found[f'qwen05-{form}', str(work)]:.2f}" for work in TABLE) for form in FORMS]
+        lines.append(f"| {machine} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(text: str) -> str:
+    """A page with its tables brought up to date."""
+
+    def table(match: re.Match[str]) -> str:
+        name, *rest = match["what"].split()
+        made = ratios() if name == "ratios" else as_markdown(read_table(name), rest[0], "vllm" in rest)
+        return match[1] + made + match[3]
+
+    return MARKED.sub(table, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -223,7 +278,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.what in ("merge", "all"):
         table = merge(folder)
         folder.with_name(f"{folder.name}-table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-        show(table)
+        for page in PAGES:
+            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+        for shape in SHAPES:
+            print(f"\n{shape}\n\n{as_markdown(table, shape)}")
     return 1 if failed else 0
 
 

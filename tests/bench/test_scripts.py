@@ -223,7 +223,7 @@ def test_the_bytes_of_a_model_that_a_peer_brings(tmp_path):
     assert stored_bytes(tmp_path / "a.safetensors") == 10
 
 
-def test_the_table_judges_each_row_in_its_own_run(tmp_path, capsys):
+def test_the_table_judges_each_row_in_its_own_run(tmp_path):
     one = str(cpu_table.ONE)
     rows = [
         {"name": "quire", "speeds": {one: 30.0}, "memory": {"peak": 9 << 20, "weights": 1 << 20, "above": 2 << 20}},
@@ -243,13 +243,22 @@ def test_the_table_judges_each_row_in_its_own_run(tmp_path, capsys):
         "piece": "qwen05-bf16-start", "shape": "qwen05", "weights": "bf16", "row": "first token, s",
         "values": {"quire": 2.5}, "reach": 3.0,
     }  # fmt: skip
-    cpu_table.show(table)
-    shown = capsys.readouterr().out
-    assert (
-        "| qwen05, bf16 | 1 x (32 -> 64) | quire 30.0 (75%); openvino 20.0 (50%); llamacpp failed | 1.50 | 1.1 |"
-        in shown
+    assert cpu_table.as_markdown(table, "qwen05").splitlines()[2:5] == [
+        "| bf16, 1 x (32 -> 64) | 30 (75%) | 20 (50%) | failed | 1.50 | 1.1 |",
+        "| bf16, 8 x (32 -> 64) | failed | failed | failed |  | 1.3 |",
+        "| bf16, 32 x (128 -> 64) | failed | failed | failed |  | 1.25 |",
+    ]
+    assert "| bf16, peak memory above weights and KV, MiB | 2 |  |  |  | the least |" in cpu_table.as_markdown(
+        table, "qwen05"
     )
-    assert "quire 2 MiB of 9" in shown
+    first["ratio"] = 1.05
+    assert "| **1.05** | 1.1 |" in cpu_table.as_markdown(table, "qwen05"), "what is short of its goal stands out"
+
+
+def test_the_documents_tables_are_those_of_the_results():
+    text = [page.read_text() for page in cpu_table.PAGES]
+    assert sum(page.count("<!-- table:") for page in text) >= 6
+    assert [cpu_table.filled(page) for page in text] == text, "run `python bench/cpu_table.py merge`"
 
 
 def test_every_row_of_the_issue_is_in_a_piece():
