@@ -9,103 +9,130 @@ namespace quire::QUIRE_ISA {
 namespace {
 
 // `count` elements of a row from `column` on as floats, zeros up to `group`.
-void load_floats(const Matrix& m, int64_t row, int64_t column, int64_t count, int group, float* out) {
-    if (m.type == DType::f32) {
-        memcpy(out, static_cast<const float*>(m.data) + row * m.stride + column, size_t(count) * 4);
-    } else {
-        const uint16_t* from = static_cast<const uint16_t*>(m.data) + row * m.stride + column;
-        for (int64_t c = 0; c < count; c++) out[c] = bf16_to_float(from[c]);
+template <class T>
+QUIRE_INLINE void load_floats(const T* from, int64_t count, int group, float* out) {
+    for (int c = 0; c < group; c += W) {
+        const int n = int(smaller<int64_t>(W, count - c));
+        store(out + c, n > 0 ? load_first(from + c, n) : zero());
     }
-    for (int64_t c = count; c < group; c++) out[c] = 0;
 }
 
-using Float4 = float __attribute__((vector_size(16)));
-using Double4 = double __attribute__((vector_size(32)));
+using Float8 = float __attribute__((vector_size(32)));
+using Double8 = double __attribute__((vector_size(64)));
 
-QUIRE_INLINE Float4 load_four(const float* x) {
-    Float4 four;
-    memcpy(&four, x, 16);
-    return four;
+QUIRE_INLINE Float8 load_eight(const float* x) {
+    Float8 eight;
+    memcpy(&eight, x, 32);
+    return eight;
 }
+
+constexpr int most_scales = 4;  // that are tried
 
 struct Rounding {
-    float scale;
-    double error;
-    int8_t q[128 + W];
+    float scale[most_scales];
+    int8_t q[most_scales][128 + W];
 };
 
-// x to integers when its largest magnitude, `extreme`, is to become `most`; a negative `most` keeps extreme's sign.
-// `compare`: sum the squared errors, too.
-void round_to(const float* x, int group, float extreme, float most, int middle, bool compare, Rounding& out) {
+// x to integers by each of COUNT scales; which of them is kept. The scales take turns: each waits for its own last sum.
+template <int COUNT>
+QUIRE_INLINE int round_by(const float* x, int group, int middle, Rounding& out) {
     const VF magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer, ties to even
-    const float scale = bf16_to_float(float_to_bf16(most < 0 ? extreme / most : (extreme < 0 ? -extreme : extreme) / most));
-    const VF divisor = set1(scale != 0 ? scale : 1.0f), low = set1(float(-middle)), high = set1(float(middle - 1));
-    float rounded[128];
-    for (int c = 0; c < group; c += W) {
-        const VF q = min(max((load(x + c) / divisor + magic) - magic, low), high);  // low for NaN
-        store(rounded + c, q);
-        store_s8(out.q + c, q);
-    }
-    out.scale = scale;
-    if (!compare) return;
-    Double4 errors = {};
-    for (int c = 0; c < group; c += 4) {
-        const Double4 error = __builtin_convertvector(load_four(rounded + c) * scale - load_four(x + c), Double4);
-        errors += error * error;
-    }
-    out.error = (errors[0] + errors[1]) + (errors[2] + errors[3]);
-}
-
-Rounding round_group(const float* x, int group, int bits) {
-    VF top = zero(), odd = zero();
-    for (int c = 0; c < group; c += W) {
-        top = max(abs(load(x + c)), top);  // passes over NaN
-        odd = odd + load(x + c) * zero();
-    }
-    const float largest = reduce_max(top), not_finite = reduce_add(odd);
-    int first = 0;
-    while (first < group - 1 && x[first] != largest && x[first] != -largest) first++;
-    const float extreme = largest > 0 ? x[first] : 0.0f;
-    Rounding best, next;
-    if (bits == 8) {
-        round_to(x, group, extreme, 127.0f, 128, false, best);
-    } else {
-        round_to(x, group, extreme, -8.0f, 8, true, best);
-        constexpr float others[] = {-8.7f, 7.0f, 7.7f};
-        for (const float most : others) {
-            round_to(x, group, extreme, most, 8, true, next);
-            if (next.error < best.error) best = next;
+    const VF low = set1(float(-middle)), high = set1(float(middle - 1));
+    float rounded[COUNT][128];
+    VF divisor[COUNT];
+    for (int k = 0; k < COUNT; k++) divisor[k] = set1(out.scale[k] != 0 ? out.scale[k] : 1.0f);
+    for (int c = 0; c < group; c += W)
+#pragma GCC unroll 4
+        for (int k = 0; k < COUNT; k++) {
+            const VF q = min(max((load(x + c) / divisor[k] + magic) - magic, low), high);  // low for NaN
+            store(rounded[k] + c, q);
+            store_s8(out.q[k] + c, q);
+        }
+    if (COUNT == 1) return 0;
+    Double8 errors[COUNT] = {};
+    for (int c = 0; c < group; c += 8) {
+        const Float8 exact = load_eight(x + c);
+#pragma GCC unroll 4
+        for (int k = 0; k < COUNT; k++) {
+            const Double8 error = __builtin_convertvector(load_eight(rounded[k] + c) * out.scale[k] - exact, Double8);
+            errors[k] += error * error;
         }
     }
-    if (not_finite != 0) best.scale = __builtin_nanf("");
+    int best = 0;
+    double least = 0;
+    for (int k = 0; k < COUNT; k++) {
+        const Double8& e = errors[k];
+        const double sum = ((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7]));
+        if (k == 0 || sum < least) best = k, least = sum;
+    }
+    return best;
+}
+
+// Integers of one row and group, and their scale. Which of `out` holds them.
+int round_group(const float* x, int group, int bits, Rounding& out) {
+    VF top = zero(), bottom = zero(), odd = zero();
+    for (int c = 0; c < group; c += W) {
+        const VF v = load(x + c);
+        top = max(v, top);  // passes over NaN
+        bottom = max(zero() - v, bottom);
+        odd = odd + v * zero();
+    }
+    const float highest = reduce_max(top), lowest = reduce_max(bottom), largest = highest > lowest ? highest : lowest;
+    bool negative = largest > 0 && lowest == largest;  // the first of the largest magnitudes
+    if (highest == lowest && largest > 0) {
+        int first = 0;
+        while (x[first] != largest && x[first] != -largest) first++;
+        negative = x[first] < 0;
+    }
+    const auto rounded_scale = [](float scale) { return bf16_to_float(float_to_bf16(scale)); };
+    int best = 0;
+    if (bits == 8) {
+        out.scale[0] = rounded_scale(largest / 127.0f);
+        best = round_by<1>(x, group, 128, out);
+    } else {
+        // A negative one keeps the extreme's sign.
+        const float extreme = negative ? -largest : largest;
+        constexpr float steps[most_scales] = {-8.0f, -8.7f, 7.0f, 7.7f};
+        for (int k = 0; k < most_scales; k++)
+            out.scale[k] = rounded_scale(steps[k] < 0 ? extreme / steps[k] : largest / steps[k]);
+        best = round_by<most_scales>(x, group, 8, out);
+    }
+    if (reduce_add(odd) != 0) out.scale[best] = __builtin_nanf("");
     return best;
 }
 
 }  // namespace
 
 void quant_round(const QuantShape& s, const Matrix& w, int64_t block, char* out) {
-    const int middle = 1 << (s.bits - 1);
+    const int64_t rows = smaller<int64_t>(group_rows, s.n - block * group_rows), bytes = dtype_bytes(w.type);
     float x[128];
+    Rounding rounded;
     for (int64_t g = 0; g < s.groups(); g++, out += s.group_bytes()) {
-        memset(out, 0, size_t(s.group_bytes()));
-        for (int i = 0; i < group_rows && block * group_rows + i < s.n; i++) {
-            const int64_t column = g * s.group, bytes = dtype_bytes(w.type), row_at = (block * group_rows + i) * w.stride;
+        if (rows < group_rows) memset(out, 0, size_t(s.group_bytes()));
+        const int64_t column = g * s.group, count = smaller<int64_t>(s.group, s.k - column);
+        for (int64_t i = 0; i < rows; i++) {
+            const int64_t at = (block * group_rows + i) * w.stride + column;
             // No processor's own prefetcher follows 32 rows.
             if (column + s.group < s.k) {
-                const auto next = reinterpret_cast<uintptr_t>(w.data) + uintptr_t((row_at + column + s.group) * bytes);
+                const auto next = reinterpret_cast<uintptr_t>(w.data) + uintptr_t((at + s.group) * bytes);
                 for (int64_t line = 0; line < s.group * bytes; line += 64) prefetch_l1(next + uintptr_t(line));
             }
-            load_floats(w, block * group_rows + i, column, smaller<int64_t>(s.group, s.k - column), s.group, x);
-            const Rounding rounded = round_group(x, s.group, s.bits);
-            const uint16_t scale = float_to_bf16(rounded.scale);
+            if (w.type == DType::f32) load_floats(static_cast<const float*>(w.data) + at, count, s.group, x);
+            else load_floats(static_cast<const bf16*>(w.data) + at, count, s.group, x);
+            const int best = round_group(x, s.group, s.bits, rounded);
+            const uint16_t scale = float_to_bf16(rounded.scale[best]);
             memcpy(out + i * 2, &scale, 2);
+            const int8_t* q = rounded.q[best];
             char* data = out + s.header_bytes() + i * 4;
-            for (int c = 0; c < s.group; c += 4, data += c % (32 / s.bits) ? 0 : step_bytes) {
-                uint8_t four[4];
-                for (int j = 0; j < 4; j++) four[j] = uint8_t(rounded.q[c + j] + middle);
-                if (s.bits == 4 && c % 8)
-                    for (int j = 0; j < 4; j++) four[j] = uint8_t(four[j] << 4 | uint8_t(data[j]));
-                memcpy(data, four, 4);
+            // Four integers at a time, from the middle of their range on.
+            const auto four = [&](int c) {
+                uint32_t all;
+                memcpy(&all, q + c, 4);
+                return s.bits == 8 ? all ^ 0x80808080u : (all & 0x0f0f0f0fu) ^ 0x08080808u;
+            };
+            for (int c = 0; c < s.group; c += 32 / s.bits, data += step_bytes) {
+                const uint32_t all = s.bits == 8 ? four(c) : four(c) | four(c + 4) << 4;
+                memcpy(data, &all, 4);
             }
         }
     }
