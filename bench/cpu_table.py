@@ -232,8 +232,10 @@ def ratios() -> str:
     """Every machine's ratios of the 0.5B shape, as Markdown: 1, 8 and 32 requests, and a prompt."""
     lines = [f"| | {' | '.join(FORMS)} |", "|---" * (len(FORMS) + 1) + "|"]
     for name, machine in MACHINES.items():
-        found = {(row["piece"], row["row"]): row.get("ratio", 0.0) for row in read_table(name)["rows"]}
-        cells = [" / ".join(f"{found[f'qwen05-{form}', str(work)]:.2f}" for work in TABLE) for form in FORMS]
+        found = {
+            (row["piece"], row["row"]): f"{row['ratio']:.2f}" for row in read_table(name)["rows"] if "ratio" in row
+        }
+        cells = [" / ".join(found.get((f"qwen05-{form}", str(work)), "-") for work in TABLE) for form in FORMS]
         lines.append(f"| {machine} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -91,6 +91,9 @@ def main() -> None:
     kept = {rows: FETCHES.get(_native.near_fetches(rows, bits or 16)) for rows in args.rows}
     if any(kept.values()):
         print("fetches that were kept: " + ", ".join(f"{rows} rows {way}" for rows, way in kept.items() if way))
+    raw = torch.randn(*SHAPES["896->2*4864"], dtype=dtype)
+    seconds = measure(lambda: pack(raw, bits, group), args.seconds)
+    print(f"{'rounded and ' * bool(bits)}packed while loading: {raw.numel() / seconds / 1e6:,.0f} M weights/s")
 
 
 if __name__ == "__main__":
