@@ -2,7 +2,7 @@
 
     python bench/cpu_table.py prepare --envs DIR     checkpoints, and each peer's form of them, in DIR/models
     python bench/cpu_table.py run [PIECE ...] --envs DIR
-    python bench/cpu_table.py merge                  bench/results/cpu-table.json, and the documents' tables from it
+    python bench/cpu_table.py merge                  bench/results/cpu-table.json, and the tables (`make docs`: in the documents)
     python bench/cpu_table.py all --envs DIR         the three, in order
 
 DIR has an environment for each peer: ov (openvino-genai, optimum-intel[openvino], gguf), lc (llama-cpp-python, numpy) and
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -31,9 +30,6 @@ from peer import Peer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-PAGES = (HERE.parent / "docs/design/cpu-performance.md", HERE.parent / "README.md")
-# In a page, what stands between these comments: a shape's table from a file, or the ratios of every machine.
-MARKED = re.compile(r"(<!-- table: (?P<what>[^>]+?) -->\n).*?(<!-- end table -->)", re.DOTALL)
 MACHINES = {  # two cores each
     "cpu": "AMD EPYC (Zen 5)",
     "cpu-zen4": "AMD EPYC (Zen 4)",
@@ -228,6 +224,11 @@ def read_table(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}-table.json").read_text(encoding="utf-8"))
 
 
+def machine(name: str, shape: str, beside: str = "") -> str:
+    """A machine's rows of a shape, as Markdown; ``beside``: "vllm" or nothing."""
+    return as_markdown(read_table(name), shape, beside == "vllm")
+
+
 def ratios() -> str:
     """Every machine's ratios of the 0.5B shape, as Markdown: 1, 8 and 32 requests, and a prompt."""
     lines = [f"| | {' | '.join(FORMS)} |", "|---" * (len(FORMS) + 1) + "|"]
@@ -238,17 +239,6 @@ def ratios() -> str:
         cells = [" / ".join(found.get((f"qwen05-{form}", str(work)), "-") for work in TABLE) for form in FORMS]
         lines.append(f"| {machine} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def filled(text: str) -> str:
-    """A page with its tables brought up to date."""
-
-    def table(match: re.Match[str]) -> str:
-        name, *rest = match["what"].split()
-        made = ratios() if name == "ratios" else as_markdown(read_table(name), rest[0], "vllm" in rest)
-        return match[1] + made + match[3]
-
-    return MARKED.sub(table, text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -280,8 +270,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.what in ("merge", "all"):
         table = merge(folder)
         folder.with_name(f"{folder.name}-table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-        for page in PAGES:
-            page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
         for shape in SHAPES:
             print(f"\n{shape}\n\n{as_markdown(table, shape)}")
     return 1 if failed else 0
